@@ -149,6 +149,34 @@ ERROR_CASES: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
         "config.rope-bounds-crossed",
         "model.rope_beta_fast 32 1",
     ),
+    "window pattern alone": (
+        {"model.window_layers": "wf"},
+        1,
+        "model.window_layers",
+        "config.without-effect",
+        "model.window",
+    ),
+    "window pattern of other letters": (
+        {"model.window": 8, "model.window_layers": "wl"},
+        1,
+        "model.window_layers",
+        "config.window-pattern-not-valid",
+        "w f wwwwwf",
+    ),
+    "window pattern without a window": (
+        {"model.window": 8, "model.window_layers": "ffffw"},
+        1,
+        "model.window_layers",
+        "config.without-effect",
+        "4 model.window 8",
+    ),
+    "window pattern longer than the model": (
+        {"model.window": 8, "model.window_layers": "wfwfw"},
+        1,
+        "model.window_layers",
+        "config.window-pattern-too-long",
+        "model.num_layers 4 wfwf",
+    ),
     "norm offset": (
         {"model.norm": "layernorm", "model.norm_offset": True},
         1,
@@ -741,6 +769,23 @@ def test_balanced_stages_are_the_best_there_are(layers: int, stages: int, vocab:
     assert heaviest[tuple(chosen)] == min(heaviest.values())
     assert sorted(chosen[:-1]) == chosen[:-1]
     assert sum(stage_flops(cfg, seq_len, chosen)) == flops_per_token(cfg, seq_len)
+
+
+@pytest.mark.parametrize(("window", "pattern"), [(1, ""), (5, "wf"), (16, "fw"), (99, "")])
+def test_flops_of_a_windowed_layer_follow_the_keys_that_it_attends_to(window: int, pattern: str) -> None:
+    """Half of the diagonal counts, as without a window: s^2 / 2 of s (s + 1) / 2 pairs. 99: more than the sequence."""
+    full = ModelConfig(num_layers=4, hidden_size=8, num_heads=2, num_kv_heads=1, head_dim=4)
+    windowed = full.model_copy(update={"window": window, "window_layers": pattern})
+    s = 16
+    width = min(window, s)
+    pairs = {"w": sum(min(i + 1, width) for i in range(s)) - width / 2, "f": s * s / 2}
+    counts = [pairs[letter] for letter in (pattern or "w") * 4][:4]
+    saved = 12 * 8 * sum(pairs["f"] - count for count in counts) / s
+    assert flops_per_token(full, s) - flops_per_token(windowed, s) == pytest.approx(saved, abs=4)
+    assert sum(stage_flops(windowed, s, [1, 3])) == flops_per_token(windowed, s)
+    assert (
+        stage_flops(windowed, s, [1, 3])[0] == stage_flops(windowed.model_copy(update={"num_layers": 1}), s, [1, 0])[0]
+    )
 
 
 def test_balanced_is_resolved_and_a_run_that_would_gain_says_so(capsys: pytest.CaptureFixture[str]) -> None:

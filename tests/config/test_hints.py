@@ -62,6 +62,7 @@ def fix_of(word: str) -> str:
         ("--hidden_size", "model.hidden_size"),
         ("--train.precison", "train.precision"),
         ("--trian.steps", "train.steps"),
+        ("--window-size", "model.window"),
         ("--yaml-cfg", "--config"),
     ],
 )
@@ -73,7 +74,7 @@ def test_names_of_others_and_misspellings_find_ours(option: str, ours: str) -> N
     "option",
     [
         *("--hidden-dropout", "--attention-dropout", "--model.dropout", "--rampup-batch-size", "--mtp-num-layers"),
-        *("--wandb-project", "--report_to", "--optimizer", "--lora_rank", "--fsdp", "--window-size"),
+        *("--wandb-project", "--report_to", "--optimizer", "--lora_rank", "--fsdp"),
         *("--exit-duration-in-mins", "--profile", "--float8.filter_fqns", "--nproc_per_node"),
     ],
 )

@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from engine.batch import Documents, MicroBatch, Rows, Sequence, micro_batches
+from engine.config.derived import derive
 from engine.config.schema import Config
 from engine.data.samples.corpora import open_training
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.indexed_writer import IndexedWriter
 from engine.data.samples.loader import Loader, RankShare
 from engine.data.samples.transforms import SeparateDocuments
-from engine.distributed.context import ParallelContext
+from engine.distributed.context import ParallelContext, make_context
+from engine.model.transformer import build_stages
 from engine.train.evaluate import Evaluator
 from engine.train.state import setup
 from engine.train.step import train_step
@@ -139,6 +141,17 @@ def test_loader_and_validation_mask_documents(tmp_path: Path) -> None:
 
     ((score, by_hand),) = run_ranks(layout_of(cfg), job)
     assert score == pytest.approx(by_hand, rel=1e-12)
+
+
+def test_a_stage_keeps_the_windows_of_its_layers() -> None:
+    """The pattern of windows counts layers of the whole model, not of a stage."""
+    cfg = config(2, parallel_pipeline=2, model_num_layers=4, model_window=5, model_window_layers="wff")
+    windows = {}
+    for rank in range(2):
+        ctx = make_context(layout_of(cfg), rank, dtype=torch.float64, device="meta")
+        for _, model, _ in build_stages(cfg, ctx, derive(cfg)):
+            windows |= {name: block.attention.sublayer.window for name, block in model.layers.items()}
+    assert windows == {"0": 5, "1": 0, "2": 0, "3": 5}
 
 
 def test_documents_start_after_an_eod() -> None:

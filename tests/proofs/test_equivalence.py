@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import engine.parallel.gradients as gradients_module
+from engine.batch import Documents, Sequence
 from engine.config.schema import Config, ModelConfig
 from engine.distributed.collectives import all_gather_into_start, all_reduce_start, reduce_scatter_start
 from engine.distributed.context import Axis, ParallelContext, make_context
@@ -93,6 +95,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "zero": (1, 0),
     "recompute": ("none", "selective", "full"),
     "micro_batch_size": (1, 2),
+    "window": (0, 5),
     "model": tuple(MODELS),
 }
 Case = dict[str, Any]
@@ -142,15 +145,20 @@ def config_of(case: Case) -> Config:
         model_num_layers=max(2, stages),
         train_global_batch_size=batch_of(case),
         **{f"parallel_{name}": case[name] for name in list(FACTORS)[:7]},
-        **MODELS[case["model"]],
+        **model_of(case),
     )
+
+
+def model_of(case: Case) -> dict[str, Any]:
+    """Every second layer of a case with a window has it."""
+    window = {"model_window": case["window"], "model_window_layers": "wf"} if case["window"] else {}
+    return MODELS[case["model"]] | window
 
 
 def figures(case: Case) -> dict[str, float]:
     """The largest relative difference to one process: initial weights, loss, norm, gradients, final weights."""
     cfg = config_of(case)
-    model = MODELS[case["model"]]
-    one = reference(**model, model_num_layers=cfg.model.num_layers, train_global_batch_size=batch_of(case))
+    one = reference(**model_of(case), model_num_layers=cfg.model.num_layers, train_global_batch_size=batch_of(case))
     many = run(cfg)
     return {
         "init": max_relative_error(many["init"], one["init"]),
@@ -175,7 +183,15 @@ def name_of(case: Case) -> str:
     degrees = "x".join(str(case[name]) for name in ("tensor", "pipeline", "data"))
     flags = [name for name in ("sequence", "keep_gathered", "zero") if case[name] and case[name] is not False]
     return "-".join(
-        [degrees, case["schedule"], *flags, case["recompute"], f"b{case['micro_batch_size']}", case["model"]]
+        [
+            degrees,
+            case["schedule"],
+            *flags,
+            case["recompute"],
+            f"b{case['micro_batch_size']}",
+            *(["window"] if case["window"] else []),
+            case["model"],
+        ]
     )
 
 
@@ -315,9 +331,26 @@ def test_pending_collectives_are_waited_for(zero: int, bucket_mib: float, monkey
 # -- one process against plain torch: errors that are the same in every layout -----------------------------------------
 
 
-def plain_loss(cfg: ModelConfig, w: dict[str, torch.Tensor], batch: Any) -> torch.Tensor:
-    """The sum of the losses of the tokens in the loss mask, by torch's autograd without code of the engine."""
+def hidden_keys(cfg: ModelConfig, layer: int, starts: list[list[int]]) -> torch.Tensor:
+    """bool [b, s, s]: keys in another document, or before the window of a layer that has one. Element by element."""
+    window = cfg.window if (cfg.window_layers or "w")[layer % max(1, len(cfg.window_layers))] == "w" else 0
+    hidden = [
+        [
+            [begin[i] != begin[j] or (window > 0 and i - j >= window) for j in range(len(begin))]
+            for i in range(len(begin))
+        ]
+        for begin in starts
+    ]
+    return torch.tensor(hidden)
+
+
+def plain_loss(cfg: ModelConfig, w: dict[str, torch.Tensor], batch: Any, starts: Any = None) -> torch.Tensor:
+    """The sum of the losses of the tokens in the loss mask, by torch's autograd without code of the engine.
+
+    starts: of the document of each position of each row; None: each row is one document.
+    """
     b, s = batch.tokens.shape
+    starts = starts or [[0] * s] * b
     norm = lambda x, name: rms_norm_reference(x, w[f"{name}.weight"], cfg.norm_eps)  # noqa: E731
     x = w["embed.weight"][batch.tokens.t()]
     after = "norm" if cfg.norm_position == "post" else "post_norm"
@@ -328,7 +361,8 @@ def plain_loss(cfg: ModelConfig, w: dict[str, torch.Tensor], batch: Any) -> torc
         q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))
         if cfg.qk_norm:
             q, k = norm(q, f"{at}.attention.q_norm"), norm(k, f"{at}.attention.k_norm")
-        heads = attention_reference(rope_reference(q, cfg.rope_theta), rope_reference(k, cfg.rope_theta), v)
+        q, k = rope_reference(q, cfg.rope_theta), rope_reference(k, cfg.rope_theta)
+        heads = attention_reference(q, k, v, hidden_keys(cfg, layer, starts))
         attended = heads @ w[f"{at}.attention.out.weight"].t()
         if cfg.norm_position != "pre":
             attended = norm(attended, f"{at}.attention_{after}")
@@ -387,6 +421,38 @@ def test_residual_forms_equal_plain_torch(position: str, parallel: bool) -> None
     assert max_relative_error(found["grads"], {f"grad/{name}": x.grad.numpy() for name, x in w.items()}) < 1e-10
 
 
+STARTS = [0, 0, 0, 3, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("pattern", ["", "wf", "fw"])
+@pytest.mark.parametrize("window", [2, 3])
+@pytest.mark.parametrize("documents", [False, True])
+def test_windows_equal_a_dense_mask(documents: bool, window: int, pattern: str) -> None:
+    """Loss and gradients of layers with a sliding window and without one, and of packed documents."""
+    change = {"model_window": window, "model_window_layers": pattern, "data_separate_documents": documents}
+    cfg = config(1, **TINY | change)
+
+    def batches(ctx: ParallelContext) -> list[Any]:
+        found = random_batches(cfg, ctx, 0)
+        starts = torch.tensor(STARTS).expand(cfg.train.micro_batch_size, -1)
+        packed = Sequence.of_rows(len(STARTS), Documents.from_starts(starts))
+        return [replace(batch, sequence=packed) if documents else batch for batch in found]
+
+    def job(ctx: ParallelContext) -> Any:
+        state = setup(cfg, ctx)
+        init = weights_of(state)
+        return init, train_step(state, batches(ctx)).loss, gradients_of(state)
+
+    ((init, loss, grads),) = run_ranks(layout_of(cfg), job)
+    w = {name: torch.from_numpy(x.copy()).requires_grad_() for name, x in assemble([init]).items()}
+    there = batches(make_context(Layout(), 0, dtype=torch.float64))
+    starts = [STARTS] * cfg.train.micro_batch_size if documents else None
+    plain = sum(plain_loss(cfg.model, w, b, starts) for b in there) / sum(float(b.weights.sum()) for b in there)
+    plain.backward()
+    assert loss == pytest.approx(plain.item(), rel=1e-11)
+    assert max_relative_error(assemble([grads]), {f"grad/{name}": x.grad.numpy() for name, x in w.items()}) < 1e-10
+
+
 def write_table(path: Path) -> None:
     """Write docs/equivalence.md, with the differences of every case as measured now."""
     lines = [
@@ -399,8 +465,8 @@ def write_table(path: Path) -> None:
         "```",
         "",
         "The cases below cover every pair of values of degree, schedule, sequence parallelism, ZeRO-1, recomputation,",
-        "micro-batch size and model, each compared with one process in float64. This command measures them, and takes",
-        "too long for a test of this page:",
+        "micro-batch size, sliding window and model, each compared with one process in float64. This command measures",
+        "them, and takes too long for a test of this page:",
         "",
         "    python -m tests.proofs.test_equivalence docs/equivalence.md",
         "",
@@ -418,7 +484,9 @@ def write_table(path: Path) -> None:
         worst_of = {name: max(value, worst_of[name]) for name, value in found.items()}
         degrees = " x ".join(str(case[name]) for name in ("tensor", "pipeline", "data"))
         options = [name for name, of in RELEVANT_DEGREE.items() if case[name] and case[of] > 1]
-        options += [f"recompute {case['recompute']}"] * (case["recompute"] != "none")
+        options += [f"recompute {case['recompute']}"] * (case["recompute"] != "none") + ["window"] * (
+            case["window"] > 0
+        )
         texts = [degrees, case["schedule"], ", ".join([*options, f"micro-batch {case['micro_batch_size']}"])]
         lines.append(_row([*texts, case["model"]], found))
         print(f"{number + 1}/{len(CASES)} {lines[-1]}", flush=True)

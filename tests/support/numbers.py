@@ -105,10 +105,15 @@ def swiglu_reference(fused: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[b, n, s, d] -> [s, b, n * d], computed head by head with an explicit mask."""
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """[b, n, s, d] -> [s, b, n * d], computed head by head with an explicit mask.
+
+    hidden: bool [b, s, s], further keys that a query does not attend to.
+    """
     b, n, s, d = q.shape
     future = torch.ones(s, s, dtype=torch.bool).triu(1)
+    if hidden is not None:
+        future = future | hidden
     heads = []
     for i in range(n):
         j = i * k.shape[1] // n

@@ -37,7 +37,7 @@ _NEW_STATE = "optimizer.state"  # the word that allows tensors without state in 
 _SKIPS = ("train.skip_steps", "data.skip_samples")  # may change for future steps and samples
 # May change, but affects the results, so changes are reported.
 _REPORTED = ("train.steps", "train.global_batch_size", "train.precision", "train.fp8", *_SKIPS)
-_REPORTED_SECTIONS = ("optimizer", "lr_schedule")
+_REPORTED_SECTIONS = ("optimizer", "lr_schedule", "phase")
 _RATE = "lr_schedule"  # the word that allows a jump of the learning rate
 _MAX_RATE_CHANGE = 0.01  # relative to the larger of two learning rates; more is a jump
 # Fields of the data metadata (made by engine.data.samples.corpora).
@@ -96,6 +96,7 @@ def differences(manifest: Manifest, cfg: Config, data_metadata: Mapping[str, Any
     pairs |= {f"train.{k}": (old["train"][k], now["train"][k]) for k in _TRAIN}
     pairs |= {name: (then, new) for name, then, new in zip(_RULES, _rules(old), _rules(now))}
     ignored = ("prefix", ORDER_BEGIN)
+    pairs |= _past_phases(manifest, cfg)
     pairs |= {f"data.{k}": (data_then.get(k), data_now.get(k)) for k in (data_then | data_now) if k not in ignored}
     rates = _next_rates(manifest, cfg)
     if manifest.step < cfg.train.steps and abs(rates[0] - rates[1]) > _MAX_RATE_CHANGE * max(rates):
@@ -132,6 +133,20 @@ def missing_states(manifest: Manifest, cfg: Config, specs: Sequence[ShardSpec]) 
     names = [chunk.name for spec in new for chunk in spec.chunks]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return {f"{_NEW_STATE} of {', '.join(names[:3])}{more}": ("none", "zero")} if names else {}
+
+
+def _past_phases(manifest: Manifest, cfg: Config) -> Differences:
+    """Phases of the steps done, by first step; without their weights, which the data metadata has."""
+    then, now = (
+        {
+            row["from_step"]: {k: v for k, v in row.items() if v is not None and k not in ("from_step", "weights")}
+            for row in config["phase"]
+            if row["from_step"] <= manifest.step
+        }
+        for config in _configs(manifest, cfg)
+    )
+    rows = {step: (then.get(step) or None, now.get(step) or None) for step in sorted(then | now)}
+    return {f"phase from step {step}": pair for step, pair in rows.items()}
 
 
 def _next_rates(manifest: Manifest, cfg: Config) -> tuple[float, float]:
@@ -226,7 +241,7 @@ def require_resumable(folder: Path, manifest: Manifest, found: Differences, cfg:
     known = {f"model.{k}" for k in type(cfg.model).model_fields if k not in _NOT_COMPARED} | {
         f"train.{k}" for k in _TRAIN
     }
-    known |= {f"data.{k}" for k in DATA_FIELDS} | {_RATE, _NEW_STATE, *_RULES, *_SKIPS}
+    known |= {f"data.{k}" for k in DATA_FIELDS} | {_RATE, _NEW_STATE, "phase", *_RULES, *_SKIPS}
     errors = [
         FieldError(
             "checkpoint.allow-unknown-field",

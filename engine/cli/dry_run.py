@@ -12,6 +12,7 @@ from rich.table import Column, Table
 
 from engine.config.load import Resolved
 from engine.config.mixture import read_mixture
+from engine.config.phases import Phase
 from engine.config.schema import Config, fields
 from engine.config.tree import value_at
 from engine.distributed.context import make_context
@@ -28,7 +29,7 @@ _MAX_GRID_RANKS = 64
 
 def show(resolved: Resolved, console: Console, *, full: bool = False) -> None:
     """Print the dry run of a checked config. full: also settings that have their default."""
-    cfg, layout, plan = resolved.config, resolved.derived.layout, resolved.derived.plan
+    cfg, layout, derived = resolved.config, resolved.derived.layout, resolved.derived
     console.print(_settings(resolved, full))
     for line in _data_status(cfg):
         console.print(line, markup=False, highlight=False)
@@ -43,26 +44,42 @@ def show(resolved: Resolved, console: Console, *, full: bool = False) -> None:
             f"D = {layout.data}, C = {layout.context}, T = {layout.tensor}",
             highlight=False,
         )
-    train = cfg.train
-    tokens = train.global_batch_size * train.seq_len
-    kept = max(peak_memory(plan))
-    flops = flops_per_token(cfg.model, train.seq_len)
+    steps = cfg.train.steps
+    position = derived.phases.consumed(steps)
     for label, value in (
         ("ranks", f"{layout.world:,}"),
         ("parameters in total", f"{num_parameters(cfg.model):,}"),
-        ("tokens per step", f"{tokens:,} ({train.global_batch_size} sequences of {train.seq_len})"),
-        ("tokens in total", f"{tokens * train.steps:,} ({train.steps} steps)"),
-        ("micro-batches per step and rank", f"{plan.microbatches} of {train.micro_batch_size} sequences"),
-        ("pipeline", f"{plan.name}, bubble {simulate(plan).bubble:.1%} if F, I and W take the same time on all stages"),
-        ("activations in memory on a rank", f"at most those of {kept:g} micro-batches of a stage"),
-        ("model FLOPs", f"{flops / 1e9:,.2f} GFLOP per token, {flops * tokens / 1e12:,.2f} TFLOP per step"),
+        ("tokens in total", f"{position.tokens:,} ({steps} steps, {position.samples:,} samples)"),
     ):
         console.print(f"{label}: {value}", highlight=False)
+    phases = derived.phases.phases
+    for phase in phases:
+        if len(phases) > 1:
+            late = "" if phase.first_step <= steps else f", after the end of the run (train.steps {steps})"
+            name = f"phase {phase.number}" if phase.number else "before the phases"
+            console.print(f"{name}, from step {phase.first_step}{late}:", highlight=False)
+        for label, value in _step_lines(resolved, phase):
+            console.print(f"{'  ' * (len(phases) > 1)}{label}: {value}", highlight=False)
     if uneven := uneven_pipeline(cfg, resolved.derived):
         console.print(f"note: {uneven}", highlight=False)
-    if resolved.sources["train.seq_len"] == "default" and cfg.model.max_seq_len > 8 * train.seq_len:
-        text = f"train.seq_len is {train.seq_len} by default; model.max_seq_len is {cfg.model.max_seq_len}"
+    if resolved.sources["train.seq_len"] == "default" and cfg.model.max_seq_len > 8 * cfg.train.seq_len:
+        text = f"train.seq_len is {cfg.train.seq_len} by default; model.max_seq_len is {cfg.model.max_seq_len}"
         console.print(f"note: {text}", highlight=False)
+
+
+def _step_lines(resolved: Resolved, phase: Phase) -> Iterator[tuple[str, str]]:
+    """Labels and values that describe a step of a phase."""
+    plan, tokens = resolved.derived.plan_of(phase), phase.tokens
+    flops = flops_per_token(resolved.config.model, phase.seq_len)
+    yield "tokens per step", f"{tokens:,} ({phase.global_batch_size} sequences of {phase.seq_len})"
+    if "weights" in phase.given:
+        yield "weights", ", ".join(f"{name} {weight:g}" for name, weight in phase.weights.items())
+    yield "micro-batches per step and rank", f"{plan.microbatches} of {phase.micro_batch_size} sequences"
+    bubble = f"bubble {simulate(plan).bubble:.1%} if F, I and W take the same time on all stages"
+    yield "pipeline", f"{plan.name}, {bubble}"
+    kept = f"at most those of {max(peak_memory(plan)):g} micro-batches of a stage"
+    yield "activations in memory on a rank", kept
+    yield "model FLOPs", f"{flops / 1e9:,.2f} GFLOP per token, {flops * tokens / 1e12:,.2f} TFLOP per step"
 
 
 def _settings(resolved: Resolved, full: bool) -> Table:

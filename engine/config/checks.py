@@ -6,8 +6,9 @@ import difflib
 import math
 from collections.abc import Iterator
 
-from engine.config.derived import BALANCED, chunks_of, data_degree, microbatches, model_ranks
+from engine.config.derived import BALANCED, chunks_of, data_degree, model_ranks
 from engine.config.model_checks import fp8_errors, model_errors, multiples_near
+from engine.config.phase_checks import ordered_phases, phase_errors
 from engine.config.schema import CheckpointConfig, Config
 from engine.config.skips import read_ranges
 from engine.errors import FieldError, PlanError
@@ -25,13 +26,8 @@ def config_errors(cfg: Config, world: int, plan: Plan | PlanError | None = None)
         *_checkpoint_errors(cfg.checkpoint),
         *_skip_errors(cfg),
         *row_errors(cfg.optimizer),
-        *_phase_errors(cfg),
+        *phase_errors(cfg, world, None if isinstance(plan, PlanError) else plan),
     ]
-
-
-def _phase_errors(cfg: Config) -> Iterator[FieldError]:
-    if cfg.phase:
-        yield FieldError("config.not-built", "phase", len(cfg.phase), "phases are not built yet", "Leave them out.")
 
 
 def _skip_errors(cfg: Config) -> Iterator[FieldError]:
@@ -77,16 +73,6 @@ def _parallel_errors(cfg: Config, world: int, plan: Plan | PlanError | None) -> 
             f"Start `torchrun --nproc-per-node {shards * -(-world // shards)} -m engine train ...`.",
         )
     yield from _schedule_errors(cfg, world, plan)
-    data = data_degree(p, world)
-    slice_ = data * cfg.train.micro_batch_size
-    if cfg.train.global_batch_size % slice_:
-        yield FieldError(
-            "config.batch-not-a-multiple",
-            "train.global_batch_size",
-            cfg.train.global_batch_size,
-            f"is not a multiple of data {data} x train.micro_batch_size {cfg.train.micro_batch_size}",
-            f"Use {multiples_near(cfg.train.global_batch_size, slice_)}.",
-        )
 
 
 def _schedule_errors(cfg: Config, world: int, plan: Plan | PlanError | None) -> Iterator[FieldError]:
@@ -105,7 +91,7 @@ def _schedule_errors(cfg: Config, world: int, plan: Plan | PlanError | None) -> 
         )
         return
     if plan is not None:
-        wanted = microbatches(cfg, data_degree(p, world))
+        wanted = ordered_phases(cfg).at(1).microbatches(data_degree(p, world))
         if (plan.num_ranks, plan.microbatches) != (p.pipeline, wanted):
             have = f"is a plan for {plan.num_ranks} ranks and {plan.microbatches} micro-batches"
             want = f"--ranks {p.pipeline} --microbatches {wanted}"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.config.phases import Phase, Phases, phases_of
 from engine.config.schema import Config, ModelConfig, ParallelConfig
 from engine.distributed.layout import Layout
 from engine.errors import PlanError
@@ -24,13 +25,23 @@ BALANCED = "balanced"  # parallel.layers, before it is resolved
 class Derived:
     """Values derived from a resolved config.
 
-    plan: the actions of each pipeline rank in a step, with the number of micro-batches. layers: number of blocks of
-    each pipeline stage, in order.
+    plans: number of micro-batches -> checked actions of each pipeline rank in a step, for every phase. All place the
+    stages alike. layers: number of blocks of each pipeline stage, in order.
     """
 
     layout: Layout
-    plan: Plan
+    phases: Phases
+    plans: Mapping[int, Plan]
     layers: tuple[int, ...]
+
+    def plan_of(self, phase: Phase) -> Plan:
+        """The plan of the steps of a phase."""
+        return self.plans[phase.microbatches(self.layout.data)]
+
+    @property
+    def first_plan(self) -> Plan:
+        """The plan of step 1, for what is the same in all: the ranks and the placement of the stages."""
+        return self.plan_of(self.phases.at(1))
 
 
 def derive(config: Config, plan: Plan | None = None) -> Derived:
@@ -38,11 +49,13 @@ def derive(config: Config, plan: Plan | None = None) -> Derived:
 
     Raises PlanError if the plan file cannot be read or is not a plan.
     """
-    p = config.parallel
+    p, phases = config.parallel, phases_of(config)
+    counts = {phase.microbatches(p.data) for phase in phases.phases}
     if p.schedule in SCHEDULES:
-        plan = build(p.schedule, p.pipeline, p.chunks, microbatches(config, p.data))
-    elif plan is None:
-        plan = load_plan(Path(p.schedule))
+        plans = {count: build(p.schedule, p.pipeline, p.chunks, count) for count in sorted(counts)}
+    else:
+        plan = plan or load_plan(Path(p.schedule))
+        plans = dict.fromkeys(counts, plan)
     layout = Layout(
         model_ranks(p) * p.data,
         tensor=p.tensor,
@@ -50,9 +63,9 @@ def derive(config: Config, plan: Plan | None = None) -> Derived:
         data=p.data,
         context=p.context,
         sequence=p.sequence and p.tensor > 1,
-        tail=plan.placement[-1],
+        tail=next(iter(plans.values())).placement[-1],
     )
-    return Derived(layout, plan, layers_per_stage(config))
+    return Derived(layout, phases, plans, layers_per_stage(config))
 
 
 def model_ranks(p: ParallelConfig) -> int:
@@ -63,11 +76,6 @@ def model_ranks(p: ParallelConfig) -> int:
 def data_degree(p: ParallelConfig, world: int) -> int:
     """Number of data ranks: as given, else `world` divided by the other degrees; at least 1."""
     return p.data or max(1, world // model_ranks(p))
-
-
-def microbatches(config: Config, data: int) -> int:
-    """Number of micro-batches per optimizer step in the pipeline of each of `data` data ranks."""
-    return config.train.global_batch_size // (data * config.train.micro_batch_size)
 
 
 def head_shape(fields: Mapping[str, Any]) -> dict[str, int]:

@@ -29,6 +29,7 @@ from engine.config.derived import (
 from engine.config.idle import idle
 from engine.config.mixture import read_mixture
 from engine.config.model_checks import ROPE_SCALES
+from engine.config.phase_checks import weight_errors
 from engine.config.presets import PRESETS
 from engine.config.schema import Config, ModelConfig, fields, tables
 from engine.config.tree import ConfigTree, given_rows, rows_of, unknown_setting, value_at
@@ -106,7 +107,7 @@ def load(
     plan = read_plan(p)
     # errors about an invalid value, or about values derived from it, would mislead: drop them
     if wrong & {"parallel.tensor", "parallel.pipeline", "parallel.data"}:
-        wrong |= {"parallel = ", "train.global_batch_size"}
+        wrong |= {"parallel = ", "train.global_batch_size", "phase."}
     if any(error.path == "model.preset" for error in errors):
         wrong.add("model.")
     errors += [error for error in config_errors(config, world, plan) if not any(path in str(error) for path in wrong)]
@@ -149,9 +150,11 @@ def _data_errors(config: Config) -> Sequence[FieldError]:
         problem, fix = "is not three different tokens", "Give the prefix, suffix and middle token, separated by spaces."
         errors.append(FieldError("config.fim-tokens-not-three", "data.fim_tokens", data.fim_tokens, problem, fix))
     try:
-        wanted = read_mixture(data.train).fim if data.train else (None,)
+        mixture = read_mixture(data.train) if data.train else None
     except ConfigError as error:
         return [*errors, *error.errors]
+    wanted = mixture.fim if mixture is not None else (None,)
+    errors += weight_errors(config, mixture)
     if data.fim_rate and all(fim is False for fim in wanted):
         errors.append(
             FieldError(

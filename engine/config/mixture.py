@@ -2,7 +2,7 @@
 
 corpus/web-train                                 one corpus
 0.7 corpus/web-train 0.3 corpus/code-train       weights and prefixes in turn
-mix.toml                                         the same as a file, with names, budgets and changes:
+mix.toml                                         the same as a file, with names and budgets:
 
     [[source]]
     prefix = "corpus/web-train"
@@ -10,17 +10,14 @@ mix.toml                                         the same as a file, with names,
     name = "web"                # in metrics; default: the last part of the prefix
     fim = false                 # no fill-in-the-middle for this source, even if data.fim_rate is above 0
 
-    [[change]]                  # only with weights: in force after this optimizer step
-    step = 1000
-    weights = { web = 0.2 }     # other sources keep their weight; 0: exclude it
+Phases of the run ([[phase]] weights in its config) change the weights from a step on.
 """
 
 from __future__ import annotations
 
-import itertools
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -35,16 +32,8 @@ _LARGEST = Fraction(10) ** 18
 
 
 @dataclass(frozen=True)
-class Change:
-    """Amounts in force after `step` optimizer steps: amounts[k] >= 0 of source k."""
-
-    step: int
-    amounts: tuple[Fraction, ...]
-
-
-@dataclass(frozen=True)
 class Mixture:
-    """Names and prefixes of the sources, and their amounts over the steps; the first change is at step 0.
+    """Names and prefixes of the sources, and their amounts: amounts[k] >= 0 of source k.
 
     kind: unit of the amounts, one of KINDS. fim: whether fill-in-the-middle applies to each source; None: not given.
     """
@@ -52,8 +41,15 @@ class Mixture:
     names: tuple[str, ...]
     prefixes: tuple[str, ...]
     kind: str
-    changes: tuple[Change, ...]
+    amounts: tuple[Fraction, ...]
     fim: tuple[bool | None, ...]
+
+    def with_weights(self, weights: Mapping[str, float]) -> tuple[Fraction, ...]:
+        """The amounts if the named sources have these weights."""
+        return tuple(
+            Fraction(repr(weights[name])) if name in weights else amount
+            for name, amount in zip(self.names, self.amounts)
+        )
 
 
 def read_mixture(text: str) -> Mixture:
@@ -62,7 +58,7 @@ def read_mixture(text: str) -> Mixture:
     if text.endswith(".toml"):
         return _read_file(text)
     if len(words) == 1 or Path(f"{text}.idx").exists():  # a prefix may contain spaces
-        return Mixture((_name(text),), (text,), "weight", (Change(0, (Fraction(1),)),), (None,))
+        return Mixture((_name(text),), (text,), "weight", (Fraction(1),), (None,))
     weights = [(word, _amount(word)) for word in words[::2]]
     errors = [
         FieldError(
@@ -90,8 +86,8 @@ def read_mixture(text: str) -> Mixture:
     if errors:
         raise ConfigError(errors)
     names = _names(words[1::2])
-    changes = (Change(0, tuple(n for _, n in weights if n)),)
-    return Mixture(names, tuple(words[1::2]), "weight", changes, (None,) * len(names))
+    amounts = tuple(n for _, n in weights if n)
+    return Mixture(names, tuple(words[1::2]), "weight", amounts, (None,) * len(names))
 
 
 def _name(prefix: str) -> str:
@@ -121,50 +117,46 @@ def _repeated(values: list[str], problem: str, fix: str) -> Iterator[FieldError]
         yield FieldError("config.mixture-repeated", PATH, value, problem, fix)
 
 
-def _read_tables(path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[FieldError]]:
-    """(sources, changes, errors of other keys) of a blend file. Raises ConfigError if it cannot be read."""
+def _read_sources(path: str) -> tuple[list[dict[str, Any]], list[FieldError]]:
+    """(sources, errors of other keys) of a blend file. Raises ConfigError if it cannot be read."""
     try:
         tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            [
-                FieldError(
-                    "config.file-not-readable", PATH, path, f"cannot be read ({error})", "Give the path of a TOML file."
-                )
-            ]
-        ) from None
+        problem, fix = f"cannot be read ({error})", "Give the path of a TOML file."
+        raise ConfigError([FieldError("config.file-not-readable", PATH, path, problem, fix)]) from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(
-            [FieldError("config.file-not-toml", PATH, path, f"is not valid TOML: {error}", "Fix that line.")]
-        ) from None
+        problem = f"is not valid TOML: {error}"
+        raise ConfigError([FieldError("config.file-not-toml", PATH, path, problem, "Fix that line.")]) from None
     errors = [
-        FieldError(
-            "config.mixture-unknown-key",
-            PATH,
-            path,
-            f"has {key!r}, which is not known",
-            "Known: [[source]] and [[change]].",
-        )
+        FieldError("config.mixture-unknown-key", PATH, path, f"has {key!r}, which is not known", "Known: [[source]].")
         for key in tree
         if key not in ("source", "change")
     ]
-    sources, changes = tree.get("source", []), tree.get("change", [])
-    if not all(isinstance(part, list) and all(isinstance(x, dict) for x in part) for part in (sources, changes)):
-        errors.append(
-            FieldError(
-                "config.mixture-not-tables",
-                PATH,
-                path,
-                "has [source] or [change] in single brackets",
-                "Write [[source]] and [[change]].",
-            )
-        )
+    errors += list(_moved(path, tree.get("change")))
+    sources = tree.get("source", [])
+    if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
+        problem = "has [source] in single brackets"
+        errors.append(FieldError("config.mixture-not-tables", PATH, path, problem, "Write [[source]]."))
         raise ConfigError(errors)
-    return sources, changes, errors
+    return sources, errors
+
+
+def _moved(path: str, changes: object) -> Iterator[FieldError]:
+    """The error of [[change]] tables, which earlier versions read, with the phases to write instead."""
+    rows = []
+    for change in changes if isinstance(changes, list) else []:
+        step, weights = (change.get(name) if isinstance(change, dict) else None for name in ("step", "weights"))
+        if isinstance(step, int) and isinstance(weights, dict):
+            shares = ", ".join(f"{name} = {weight}" for name, weight in weights.items())
+            rows.append(f"[[phase]] from_step = {step + 1}, weights = {{ {shares} }}")
+    if changes is not None:
+        fix = f"Remove it, and write there: {'; '.join(rows) or '[[phase]] from_step, weights'}."
+        problem = "has [[change]]: changes of weights are now phases in the config of the run"
+        yield FieldError("config.mixture-changes-moved", PATH, path, problem, fix)
 
 
 def _read_file(path: str) -> Mixture:
-    sources, changes, errors = _read_tables(path)
+    sources, errors = _read_sources(path)
     if not sources:
         errors.append(
             FieldError(
@@ -174,9 +166,9 @@ def _read_file(path: str) -> Mixture:
     errors += [error for number, source in enumerate(sources, 1) for error in _source_errors(path, number, source)]
     amounts = [[key for key in KINDS if key in source] for source in sources]
     kinds = list(dict.fromkeys(given[0] for given in amounts if len(given) == 1))  # other counts have a separate error
-    errors += _kind_errors(path, kinds, changes)
-    if kinds and "weight" not in kinds:
-        changes = []
+    if len(kinds) > 1:
+        fix = "Use one kind for all sources."
+        errors.append(FieldError("config.mixture-kinds-mixed", PATH, path, f"mixes {' and '.join(kinds)}", fix))
     prefixes = [str(source.get("prefix", "")) for source in sources]
     short = _names(prefixes)
     names = [str(source.get("name", short[k])) for k, source in enumerate(sources)]
@@ -188,23 +180,15 @@ def _read_file(path: str) -> Mixture:
             "is the name of two sources",
             'Give each source a separate name = "...".',
         ),
-        *(error for number, change in enumerate(changes, 1) for error in _change_errors(path, number, change, names)),
     ]
     if errors:
         raise ConfigError(errors)
     kind = kinds[0]
-    first = {name: _amount(source[kind]) or Fraction(0) for name, source in zip(names, sources)}
-    fim = tuple(source.get("fim") for source in sources)
-    return Mixture(tuple(names), tuple(prefixes), kind, _changes(path, first, changes), fim)
-
-
-def _kind_errors(path: str, kinds: list[str], changes: list[dict[str, Any]]) -> Iterator[FieldError]:
-    if len(kinds) > 1:
-        fix = "Use one kind for all sources."
-        yield FieldError("config.mixture-kinds-mixed", PATH, path, f"mixes {' and '.join(kinds)}", fix)
-    if changes and kinds and "weight" not in kinds:
-        problem = f"combines changes with {' and '.join(kinds)}"
-        yield FieldError("config.mixture-kinds-mixed", PATH, path, problem, "Use weights with changes.")
+    first = tuple(_amount(source[kind]) or Fraction(0) for source in sources)
+    if not any(first):
+        problem, fix = "has no source with a weight above 0", "Give one a weight above 0."
+        raise ConfigError([FieldError("config.mixture-empty", PATH, path, problem, fix)])
+    return Mixture(tuple(names), tuple(prefixes), kind, first, tuple(source.get("fim") for source in sources))
 
 
 def _source_errors(path: str, number: int, source: dict[str, Any]) -> Iterator[FieldError]:
@@ -254,80 +238,3 @@ def _source_errors(path: str, number: int, source: dict[str, Any]) -> Iterator[F
                 f"has {key} = {source[key]!r}, not a number above 0",
                 "Use a number such as 0.5.",
             )
-
-
-def _change_errors(path: str, number: int, change: dict[str, Any], names: list[str]) -> Iterator[FieldError]:
-    where = f"{path}: change {number}"
-    for key in change:
-        if key not in ("step", "weights"):
-            yield FieldError(
-                "config.mixture-unknown-key", PATH, where, f"has {key!r}, which is not known", "Known: step, weights."
-            )
-    step, weights = change.get("step"), change.get("weights")
-    if not isinstance(step, int) or isinstance(step, bool) or step < 1:
-        yield FieldError(
-            "config.mixture-value-not-valid",
-            PATH,
-            where,
-            f"has step = {step!r}, not a number of at least 1",
-            "Give the number of optimizer steps before the change.",
-        )
-    if not isinstance(weights, dict):
-        yield FieldError(
-            "config.mixture-value-not-valid",
-            PATH,
-            where,
-            f"has weights = {weights!r}",
-            "Write weights = { NAME = NUMBER, ... }.",
-        )
-        return
-    for name, value in weights.items():
-        if name not in names:
-            yield FieldError(
-                "config.mixture-unknown-source",
-                PATH,
-                where,
-                f"names {name!r}, which is not a source",
-                f"Sources: {', '.join(names[:20])}.",
-            )
-        elif _amount(value) is None:
-            yield FieldError(
-                "config.mixture-value-not-valid",
-                PATH,
-                where,
-                f"has {name} = {value!r}, not a number of at least 0",
-                "Use a number such as 0.5.",
-            )
-
-
-def _changes(path: str, first: dict[str, Fraction], changes: list[dict[str, Any]]) -> tuple[Change, ...]:
-    """The amounts from step 0 and after each change."""
-    steps, amounts, result = [0, *(change["step"] for change in changes)], dict(first), []
-    if any(a >= b for a, b in itertools.pairwise(steps)):
-        raise ConfigError(
-            [
-                FieldError(
-                    "config.mixture-steps-not-rising",
-                    PATH,
-                    path,
-                    f"has changes at steps {steps[1:]}",
-                    "Order them by rising steps.",
-                )
-            ]
-        )
-    for step, change in zip(steps, [{"weights": {}}, *changes]):
-        amounts |= {name: _amount(value) or Fraction(0) for name, value in change["weights"].items()}
-        if not any(amounts.values()):
-            raise ConfigError(
-                [
-                    FieldError(
-                        "config.mixture-empty",
-                        PATH,
-                        path,
-                        f"has no source with a weight above 0 after step {step}",
-                        "Give one a weight above 0.",
-                    )
-                ]
-            )
-        result.append(Change(step, tuple(amounts.values())))
-    return tuple(result)

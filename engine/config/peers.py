@@ -78,8 +78,8 @@ MEGATRON: tuple[Row, ...] = (
     ("--global-batch-size", "train.global_batch_size", "in sequences, over all ranks"),
     (
         "--rampup-batch-size --step-batch-size-schedule",
-        "",
-        "the batch size does not grow in a run; resume with another",
+        "phase.N.global_batch_size",
+        "a [[phase]] from_step for each size, docs/phases.md",
     ),
     ("--train-iters", "train.steps", ""),
     ("--train-samples", "train.steps", "samples / train.global_batch_size"),

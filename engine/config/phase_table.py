@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated
+
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from engine.config.section import Section
 
+_Weight = Annotated[float, Field(ge=0, le=1e18, strict=True)]
+
 
 class PhaseConfig(Section):
-    """Values that hold from a step on, until a later phase changes them. Each phase is a [[phase]] in a file, numbered
-    from 1 on the command line; values that it does not give stay as they were."""
+    """Values that hold from an optimizer step on, until a later phase changes them.
+
+    A file has a [[phase]] for each, in the order of their steps; the command line numbers them from 1. A value that a
+    phase does not give stays as it was. Validation always uses the sizes of [train].
+    """
 
     from_step: int | None = Field(None, ge=1)
     """first optimizer step of the phase; steps count from 1"""
     global_batch_size: int | None = Field(None, ge=1)
-    """as train.global_batch_size"""
+    """sequences per optimizer step from here on, as train.global_batch_size"""
     micro_batch_size: int | None = Field(None, ge=1)
-    """as train.micro_batch_size"""
+    """sequences per forward pass of a rank from here on, as train.micro_batch_size"""
+    weights: dict[str, _Weight] | None = None
+    """weights of sources of the blend in data.train from here on, as { web = 0.2, code = 0.8 } in a file and "0.2 web
+    0.8 code" on the command line; other sources keep theirs, 0 stops a source"""
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _weights_of_text(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        words = value.split()
+        if not words or len(words) % 2 or len(set(words[1::2])) != len(words[1::2]):
+            raise PydanticCustomError("weights", "is not a list of weights and different names in turn")
+        try:
+            return {name: float(weight) for weight, name in zip(words[::2], words[1::2])}
+        except ValueError:
+            raise PydanticCustomError("weights", "is not a list of weights and different names in turn") from None

@@ -268,7 +268,7 @@ class DataConfig(Section):
 
     train: str = ""
     """prefix of the training .bin/.idx; or a blend: weights and prefixes in turn, such as "0.7 a/web 0.3 b/code"; or a
-    .toml file with [[source]] prefix, weight | tokens | epochs, name, and [[change]] step, weights (docs/samples.md)"""
+    .toml file with [[source]] prefix, weight | tokens | epochs, name (docs/samples.md)"""
     valid: str = ""
     """prefix of the validation .bin/.idx; empty: no validation"""
     tokenizer: str = ""

@@ -35,5 +35,5 @@ def type_name(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return "|".join(map(str, get_args(annotation)))
     if get_origin(annotation) is dict:
-        return "number name ..."
+        return "weights"
     return {"bool": "true|false"}.get(annotation.__name__, annotation.__name__)

@@ -28,7 +28,8 @@ def config_of(
 ) -> Config:
     """The config of a checkpoint with its layout replaced. world: number of ranks; the data degree follows from it.
 
-    train.global_batch_size is rounded up to a multiple that these data ranks can split: not always the run's own.
+    train.global_batch_size is rounded up to a multiple that these data ranks can split: not always the run's own. The
+    result has no phases.
     """
     config = Config.model_validate(read_manifest(find_checkpoint(checkpoint, storage), storage).config)
     parallel = config.parallel.model_copy(
@@ -48,7 +49,7 @@ def config_of(
     batch = config.train.micro_batch_size * parallel.data
     whole = -(-config.train.global_batch_size // batch) * batch
     train = config.train.model_copy(update={"global_batch_size": whole, "fp8": "none"})
-    return config.model_copy(update={"parallel": parallel, "train": train})
+    return config.model_copy(update={"parallel": parallel, "train": train, "phase": ()})
 
 
 def load_stage(checkpoint: Path, cfg: Config, ctx: ParallelContext, storage: Storage = DISK) -> Transformer:

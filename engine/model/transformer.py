@@ -208,7 +208,7 @@ def build_stages(
     policy = RecomputePolicy(cfg.train.recompute, cfg.train.recompute_layers, cfg.parallel.keep_gathered)
     backends = compute_backends(cfg)
     shapes, tied, listed = stage_shapes(derived.layers), None, set()
-    for number in derived.plan.stages_of(ctx.pipeline.rank):
+    for number in derived.first_plan.stages_of(ctx.pipeline.rank):
         model = Transformer(cfg.model, ctx, shapes[number], policy, tied, backends)
         if cfg.model.tie_embeddings and shapes[number].first:
             tied = model.embed.weight

@@ -11,26 +11,29 @@ from rich.progress import Progress as Bar
 from rich.progress import TextColumn
 from rich.table import Column
 
+from engine.config.phases import Phases
 from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
 from engine.model.attention import attention_names
 from engine.ops.apex import fused_norms
 from engine.ops.native import describe_kernels, kernels
+from engine.planner.flops import flops_per_token
 
 
 class Progress:
     """Shows step, loss, gradient norm, learning rate, tokens/s, MFU or GFLOP/s, and the time left."""
 
-    def __init__(self, cfg: Config, ctx: ParallelContext, flops_per_token: int):
-        self.cfg, self.ctx, self.flops_per_token = cfg, ctx, flops_per_token
+    def __init__(self, cfg: Config, ctx: ParallelContext, phases: Phases):
+        self.cfg, self.ctx, self.phases = cfg, ctx, phases
         self.console = Console(highlight=False, quiet=ctx.rank != 0, soft_wrap=True)
         self.bar: Bar | None = None
         self.first_step = self.shown_step = 0
         self.began = self.shown_at = time.perf_counter()
 
-    def start(self, step: int, source: str, parameters: int) -> None:
-        """Print a summary of the run: parameters, precision, layout, steps, and its starting point."""
-        cfg, ctx = self.cfg, self.ctx
+    def start(self, phases: Phases, source: str, parameters: int) -> None:
+        """Print a summary of the run: parameters, precision, layout, steps, and its starting point, their origin."""
+        cfg, ctx, step = self.cfg, self.ctx, phases.origin.step
+        self.phases = phases
         degrees = f"tensor {ctx.tensor.size} x pipeline {ctx.pipeline.size} x data {ctx.data.size}"
         start = f"from the weights of {cfg.checkpoint.init}" if cfg.checkpoint.init else "from initial weights"
         origin = f"resuming from {source}" if source else start
@@ -79,10 +82,11 @@ class Progress:
         if self.bar is not None:
             self.bar.stop()
 
-    def rates(self, tokens: int, seconds: float) -> dict[str, float]:
+    def rates(self, step: int, tokens: int, seconds: float) -> dict[str, float]:
         """Throughput of one step: tokens/s over all ranks, achieved GFLOP/s per rank, and MFU if the peak is known."""
         per_second = tokens / seconds
-        gflops = per_second * self.flops_per_token / self.ctx.world.size / 1e9
+        flops = flops_per_token(self.cfg.model, self.phases.at(step).seq_len)
+        gflops = per_second * flops / self.ctx.world.size / 1e9
         rates = {"tokens_per_s": per_second, "step_s": seconds, "gflops_per_rank": gflops}
         if self.cfg.monitor.peak_tflops:
             rates["mfu"] = gflops / 1e3 / self.cfg.monitor.peak_tflops
@@ -91,7 +95,8 @@ class Progress:
     def step(self, record: dict[str, float]) -> None:
         """Show a step's record (as from MetricsLog.step)."""
         step, now = int(record["step"]), time.perf_counter()
-        left = (self.cfg.train.steps - step) * (now - self.began) / max(1, step - self.first_step)
+        first, at, end = (self.phases.consumed(n).tokens for n in (self.first_step, step, self.cfg.train.steps))
+        left = (end - at) * (now - self.began) / max(1, at - first)
         # the fields that must be readable on 80 columns come first
         text = f"loss {record['loss']:.4f}  {short(record['tokens_per_s'])} tokens/s  {duration(left)} left"
         if self.bar is not None:

@@ -3,7 +3,8 @@
 A value is a spike if it exceeds the median of the last WINDOW normal values by more than 10 times their spread (1.4826
 times the median absolute deviation) and by more than a tenth of the median (loss) or nine times the median (norm). With
 fewer than FEW values, it must exceed the median by half of it plus 0.5 (norm: nine times it plus 10). Spikes are not
-added to the normal values, so a loss that stays high stays a spike. A spike is over after CALM steps in a row without
+added to the normal values, so a loss that stays high stays a spike. Where a phase changes the data (the weights of a
+blend), the normal values begin anew. A spike is over after CALM steps in a row without
 one. Until then RUN/spike.json records it, and `checkpoint.keep` does not delete the last checkpoint before it, also
 over restarts. After a restart the normal values are read from metrics.jsonl. Runs on one rank only.
 """
@@ -18,6 +19,7 @@ from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
+from engine.config.phases import CHANGES_DATA, Phases
 from engine.monitor.metrics import read_metrics
 from engine.util.files import read_json, replace_synced
 
@@ -28,8 +30,8 @@ SPIKE_FILE = "spike.json"
 class SpikeWatch:
     """Spike detection for a run that continues after `step`. since: step of the current spike, 0 for none."""
 
-    def __init__(self, run_dir: Path, step: int):
-        self._file = run_dir / SPIKE_FILE
+    def __init__(self, run_dir: Path, step: int, phases: Phases):
+        self._file, self._phases = run_dir / SPIKE_FILE, phases
         self.since, self._calm = 0, 0
         with suppress(OSError, ValueError, TypeError, KeyError):
             self.since = int(read_json(self._file)["step"])
@@ -37,13 +39,20 @@ class SpikeWatch:
         with suppress(OSError, ValueError, TypeError, KeyError):
             records, _, _ = read_metrics(run_dir)
             for at in sorted(records):
-                if at <= step and (not self.since or at < self.since) and not records[at].get("spike"):
+                if (
+                    self._comparable_from(step) <= at <= step
+                    and (not self.since or at < self.since)
+                    and not records[at].get("spike")
+                ):
                     for name, values in self._normal.items():
                         if (value := records[at][name]) is not None:
                             values.append(value)
 
     def observe(self, step: int, loss: float, norm: float, samples: str) -> tuple[bool, str]:
         """(whether the step is a spike, message or ""). samples: of the step, as text."""
+        if self._comparable_from(step) == step:
+            for values in self._normal.values():
+                values.clear()
         high = [
             f"{words} {value:.4g} where {self._median(name):.4g} is normal"
             for name, words, value in (("loss", "loss", loss), ("grad_norm", "gradient norm", norm))
@@ -69,6 +78,11 @@ class SpikeWatch:
                 self._file.unlink(missing_ok=True)
             return False, f"step {step}: {CALM} steps without a spike: the spike of step {begun} is over"
         return False, ""
+
+    def _comparable_from(self, step: int) -> int:
+        """The first step whose losses are of the same data as those of `step`."""
+        changed = [p.first_step for p in self._phases.until(max(1, step)) if p.given & CHANGES_DATA]
+        return changed[-1] if changed else 1
 
     def _median(self, name: str) -> float:
         return statistics.median(self._normal[name])

@@ -69,8 +69,8 @@ def uneven_pipeline(cfg: Config, derived: Derived) -> str:
 
     Empty if `--parallel.layers balanced` would gain less than 5%. cfg has to be resolved.
     """
-    balanced = balanced_layers(cfg.model, cfg.train.seq_len, derived.plan.num_stages)
-    now, best = (_heaviest(cfg, derived.plan, layers) for layers in (derived.layers, balanced))
+    balanced = balanced_layers(cfg.model, cfg.train.seq_len, derived.first_plan.num_stages)
+    now, best = (_heaviest(cfg, derived.first_plan, layers) for layers in (derived.layers, balanced))
     if now < 1.05 * best:
         return ""
     better = f"--parallel.layers balanced ({','.join(map(str, balanced))}) makes it {best:.2f}"

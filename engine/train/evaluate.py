@@ -160,7 +160,7 @@ def evaluate(
     manifest = read_manifest(folder, storage)
     batch = int(manifest.config["train"]["global_batch_size"])
     stages = {ctx.pipeline.rank: stage}
-    score = Evaluator(derived.plan, stages, ctx, dataset, cfg, manifest.data, batch).run(batches)
+    score = Evaluator(derived.first_plan, stages, ctx, dataset, cfg, manifest.data, batch).run(batches)
     if ctx.rank == 0:
         print(f"{folder} on {data}: {score}")
     return EXIT_OK

@@ -27,11 +27,11 @@ from engine.monitor.progress import Progress
 from engine.monitor.spikes import SpikeWatch
 from engine.pipeline.simulate import simulate
 from engine.pipeline.trace import write_timeline
-from engine.planner.flops import flops_per_token, uneven_pipeline
+from engine.planner.flops import uneven_pipeline
 from engine.train.resume import changed_since, manifest_fields
 from engine.train.run import Run, open_run
 from engine.train.state import TrainState
-from engine.train.step import StepResult, advance_counters, train_step
+from engine.train.step import StepResult, train_step
 from engine.util.files import locked
 from engine.util.signals import StopRequest
 
@@ -73,17 +73,17 @@ def steps(run: Run) -> Iterator[StepReport]:
 
 def _step(run: Run, *, skipped: bool, traced: bool) -> StepReport:
     state, world = run.state, run.state.ctx.world
-    begin, first = time.perf_counter(), state.consumed_samples
+    begin, samples = time.perf_counter(), state.phases.samples(state.step + 1)
     batches = next(run.loader)
     data_s, before = time.perf_counter() - begin, dict(world.traffic)
     result = None
     if skipped:
-        advance_counters(state)
+        state.step += 1
     else:
         result = train_step(state, batches, traced=traced, num_sources=len(run.data.names))
     seconds = time.perf_counter() - begin
     sent = {key: total - before.get(key, 0.0) for key, total in world.traffic.items()}
-    return StepReport(range(first, state.consumed_samples), result, data_s, seconds, sent)
+    return StepReport(samples, result, data_s, seconds, sent)
 
 
 def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, exit_record: ExitRecord | None = None) -> int:
@@ -130,7 +130,7 @@ def _lock_run_folder(run_dir: Path, stack: ExitStack, exit_record: ExitRecord) -
 
 def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, exit_record: ExitRecord) -> int:
     cfg, run_dir = resolved.config, Path(resolved.config.run.dir)
-    console = Progress(cfg, ctx, flops_per_token(cfg.model, cfg.train.seq_len))
+    console = Progress(cfg, ctx, resolved.derived.phases)
     if _stopped_early(stop, cfg, ctx, console, exit_record):
         return EXIT_REQUEUE
     run = open_run(resolved, ctx)
@@ -152,7 +152,7 @@ def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, exit_rec
         _saver(state, run_dir / "checkpoints") as saver,
         console,
     ):
-        watch = SpikeWatch(run_dir, state.step) if ctx.rank == 0 else None
+        watch = SpikeWatch(run_dir, state.step, state.phases) if ctx.rank == 0 else None
         saver.spike = watch.since if watch else 0
         code, reason = _loop(run, RunOutputs(console, log, watch, exit_record), saver, stop)
     # all ranks wait for this: torchrun kills the others soon after the first has exited
@@ -164,19 +164,21 @@ def _announce(run: Run, console: Progress) -> None:
     """Print a summary of the run, and notes on anything that the user may not expect."""
     state, data = run.state, run.data
     cfg, ctx = state.cfg, state.ctx
-    console.start(state.step, run.source, num_parameters(cfg.model))
+    console.start(state.phases, run.source, num_parameters(cfg.model))
     if run.source and (changed := state.lineage[-1].changed):
         console.note(changed_since(changed, state.scale))
     if state.order_begin:
         console.note(f"the sample order changed at sample {state.order_begin:,}: epochs are counted from there")
     for note in (*data.shares, *data.notes):
         console.note(note)
-    if state.plan.microbatches < ctx.pipeline.size:
-        enough = ctx.pipeline.size * ctx.data.size * cfg.train.micro_batch_size
-        console.note(
-            f"{state.plan.microbatches} microbatches for {ctx.pipeline.size} pipeline ranks leave a bubble of "
-            f"{simulate(state.plan).bubble:.0%}; train.global_batch_size {enough} would give each rank one"
-        )
+    for phase in state.phases.until(cfg.train.steps):
+        plan, where = run.derived.plan_of(phase), f"phase.{phase.number}" if phase.number else "train"
+        if plan.microbatches < ctx.pipeline.size:
+            enough = ctx.pipeline.size * ctx.data.size * phase.micro_batch_size
+            console.note(
+                f"{plan.microbatches} microbatches for {ctx.pipeline.size} pipeline ranks leave a bubble of "
+                f"{simulate(plan).bubble:.0%}; {where}.global_batch_size {enough} would give each rank one"
+            )
     if uneven := uneven_pipeline(cfg, run.derived):
         console.note(uneven)
 
@@ -248,8 +250,11 @@ def _stopped(state: TrainState, console: Progress, how: str) -> tuple[int, str]:
 def log_step(run: Run, outputs: RunOutputs, saver: Saver, report: StepReport) -> None:
     """Record a step, show it, and check for a spike of loss or gradient norm."""
     state, result = run.state, report.result
+    phase = state.phases.at(state.step)  # of the step of the report; that of the next one may differ
+    if state.phases.begins(state.step):
+        outputs.console.note(f"step {state.step}: phase {phase.number} begins: {phase}")
     if result is None:
-        outputs.log.skipped_step(state.step, state.consumed_tokens)
+        outputs.log.skipped_step(state.step, state.position.tokens)
         outputs.console.note(f"step {state.step}: skipped (train.skip_steps), its batch is consumed")
         return
     spike, note = False, ""
@@ -262,11 +267,12 @@ def log_step(run: Run, outputs: RunOutputs, saver: Saver, report: StepReport) ->
         result.loss,
         result.norms.norm,
         result.lr,
-        state.consumed_tokens,
-        outputs.console.rates(result.tokens, report.seconds)
+        state.position.tokens,
+        outputs.console.rates(state.step, result.tokens, report.seconds)
         | {"data_s": report.data_s}
         | {f"loss_{run.data.names[k]}": loss for k, loss in result.by_source.items()}
         | ({"spike": 1.0} if spike else {})
+        | ({"global_batch_size": len(report.samples)} if state.cfg.phase else {})
         | {f"bytes_{axis}_{collective}": count for (axis, collective), count in sorted(report.sent.items()) if count}
         | _scale(state, result),
     )
@@ -276,7 +282,7 @@ def log_step(run: Run, outputs: RunOutputs, saver: Saver, report: StepReport) ->
     if result.skipped:
         outputs.console.note(f"step {state.step}: a gradient overflowed in fp16: step skipped, loss scale halved")
     if result.trace is not None:
-        write_timeline(Path(state.cfg.run.dir), state.plan, result.trace, state.ctx, state.step)
+        write_timeline(Path(state.cfg.run.dir), run.derived.plan_of(phase), result.trace, state.ctx, state.step)
 
 
 def _validation_due(state: TrainState) -> bool:

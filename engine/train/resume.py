@@ -24,6 +24,7 @@ from engine.checkpoint.load import Reader, TensorSource, load_into
 from engine.checkpoint.save import save
 from engine.checkpoint.seal import open_storage
 from engine.checkpoint.storage import DISK, Storage
+from engine.config.phases import Position
 from engine.config.schema import Config
 from engine.distributed.collectives import gather_json, on_first_rank, raise_together
 from engine.distributed.context import ParallelContext
@@ -53,8 +54,8 @@ def save_state(state: TrainState, root: Path, data_metadata: dict[str, Any]) -> 
 def manifest_fields(state: TrainState, data_metadata: dict[str, Any]) -> dict[str, Any]:
     """Fields of a checkpoint's manifest except its tensors: counters, optimizer, config, data, versions, lineage."""
     return {
-        "consumed_samples": state.consumed_samples,
-        "consumed_tokens": state.consumed_tokens,
+        "consumed_samples": state.position.samples,
+        "consumed_tokens": state.position.tokens,
         "optimizer": {"steps": state.optimizer.steps, **state.scale.state_dict()},
         "state_kinds": sorted({kind for spec in state.specs for kind in group_of(spec, state.cfg.optimizer).states}),
         "config": state.cfg.model_dump(),
@@ -113,7 +114,8 @@ def resume(state: TrainState, folder: Path, data_metadata: dict[str, Any], stora
     state.step = manifest.step
     state.optimizer.steps = int(manifest.optimizer.get("steps", manifest.step))
     state.scale.load_state_dict(manifest.optimizer, manifest.config["train"]["precision"])
-    state.consumed_samples, state.consumed_tokens = manifest.consumed_samples, manifest.consumed_tokens
+    begin = Position(manifest.step, manifest.consumed_samples, manifest.consumed_tokens)
+    state.phases = state.phases.resumed(begin)
     state.order_begin = order_begin(manifest, data_metadata)
     state.initial_values = manifest.initial_values
     state.lineage = extend_lineage(folder, manifest, allowed, changes(manifest, state.cfg))

@@ -59,7 +59,7 @@ def open_run(resolved: Resolved, ctx: ParallelContext) -> Run:
     source = resume_run(state, data.metadata)
     if source:
         past = read_manifest(Path(source), open_storage(cfg.checkpoint.secret)).data
-        data = resume_data(data, cfg, state.step, state.consumed_samples, past)
+        data = resume_data(data, cfg, state.phases, past)
     data.order.begin_at(state.order_begin)
     notes: list[str] = []
     if not source and cfg.checkpoint.init:
@@ -76,10 +76,9 @@ def _loader(state: TrainState, data: TrainingData) -> Loader:
     cfg, ctx = state.cfg, state.ctx
     share = RankShare(
         data.order,
-        cfg.train.global_batch_size,
-        cfg.train.micro_batch_size,
+        state.phases,
         data_rank=ctx.data.rank,
         data_size=ctx.data.size,
         transforms=data.transforms,
     )
-    return Loader(share, start_sample=state.consumed_samples, prefetch=cfg.data.prefetch)
+    return Loader(share, prefetch=cfg.data.prefetch)

@@ -10,6 +10,7 @@ import torch
 
 from engine.checkpoint.format import Ancestor
 from engine.config.derived import Derived, derive
+from engine.config.phases import Phase, Phases, Position
 from engine.config.schema import Config
 from engine.distributed.collectives import gather_json
 from engine.distributed.context import ParallelContext
@@ -34,8 +35,9 @@ from engine.pipeline.stage import Stage
 
 @dataclass
 class TrainState:
-    """One rank's part of the training state. step: steps done. consumed_*: over all ranks since the start of the run.
+    """One rank's part of the training state. step: steps done.
 
+    phases: with the position at which this start of the run began, so that `step` says what is consumed.
     order_begin: the sample at which epoch 0 of the current sample order began; above 0 if the order changed. stages:
     this rank's pipeline stages by number. specs: of all parameters of the model. params: parameters of this rank's
     stages, each once. initial_values: the generator of the initial weights, "" if they were loaded. before_update:
@@ -44,7 +46,8 @@ class TrainState:
 
     cfg: Config
     ctx: ParallelContext
-    plan: Plan
+    derived: Derived
+    phases: Phases
     stages: dict[int, Stage]
     specs: list[ShardSpec]
     params: list[Parameter]
@@ -53,12 +56,25 @@ class TrainState:
     norms: NormCounter
     scale: LossScale
     step: int = 0
-    consumed_samples: int = 0
-    consumed_tokens: int = 0
     order_begin: int = 0
     lineage: tuple[Ancestor, ...] = ()
     initial_values: str = GENERATOR
     before_update: Callable[[], None] = lambda: None
+
+    @property
+    def phase(self) -> Phase:
+        """The phase of the next step."""
+        return self.phases.at(self.step + 1)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the next step."""
+        return self.derived.plan_of(self.phase)
+
+    @property
+    def position(self) -> Position:
+        """Steps done, and the samples and tokens that they consumed over all ranks since the start of the run."""
+        return self.phases.consumed(self.step)
 
     def wait_for_weights(self) -> None:
         """Return when all weights of this rank are complete (ZeRO-1 may still all-gather them after a step)."""
@@ -116,7 +132,7 @@ def setup(cfg: Config, ctx: ParallelContext, derived: Derived | None = None) -> 
     norms = NormCounter(all_buckets, ctx, tensor_names(specs), PRECISIONS[cfg.train.precision].main)
     fp16 = cfg.train.precision == "fp16"
     scale = LossScale(cfg.train.loss_scale, cfg.train.loss_scale_window) if fp16 else LossScale()
-    return TrainState(cfg, ctx, derived.plan, stages, specs, params, all_buckets, optimizer, norms, scale)
+    return TrainState(cfg, ctx, derived, derived.phases, stages, specs, params, all_buckets, optimizer, norms, scale)
 
 
 def _find_input_gradients(stages: Mapping[int, Stage], ctx: ParallelContext) -> None:

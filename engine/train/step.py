@@ -63,24 +63,15 @@ def train_step(
     finite = math.isfinite(norms.norm)
     state.scale.update(finite)
     if not math.isfinite(loss) or not (finite or (state.scale.window and state.scale.value >= 1)):
-        samples = range(state.consumed_samples, state.consumed_samples + cfg.train.global_batch_size)
-        failure = NonFinite(state.step + 1, loss, norms.non_finite(), samples)
+        failure = NonFinite(state.step + 1, loss, norms.non_finite(), state.phases.samples(state.step + 1))
         raise_non_finite(state.plan, state.stages, state.params, ctx, batches, scale / tokens, failure)
     lr = learning_rate(state.step + 1, cfg.train.steps, cfg.optimizer, cfg.lr_schedule)
     if finite:
         state.before_update()
         state.optimizer.step(lr, clip_factor(norms.norm, cfg.optimizer.clip_norm) / scale)
-    advance_counters(state)
+    state.step += 1
     by_source = losses_by_source(losses * (tokens / scale), batches, state, num_sources) if num_sources else {}
     return StepResult(loss, norms, lr, tokens, not finite, trace, by_source)
-
-
-def advance_counters(state: TrainState) -> None:
-    """Count a step as done and its batch as consumed, after its update or without one (train.skip_steps)."""
-    batch = state.cfg.train.global_batch_size
-    state.step += 1
-    state.consumed_samples += batch
-    state.consumed_tokens += batch * state.cfg.train.seq_len
 
 
 def count_tokens(batches: Sequence[MicroBatch], plan: Plan, ctx: ParallelContext) -> int:

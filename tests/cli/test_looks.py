@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from engine.cli.main import main
+from engine.config.phases import Phase, Phases
 from engine.data.samples.indexed_writer import IndexedWriter
 from engine.errors import out_of_memory_help
 from engine.monitor.metrics import read_metrics
@@ -127,7 +128,7 @@ def test_progress_shows_what_matters_in_80_columns(
     cfg: Any = SimpleNamespace(
         train=SimpleNamespace(steps=steps), monitor=SimpleNamespace(peak_tflops=0.0, log_every_s=0.0)
     )
-    progress = Progress(cfg, SimpleNamespace(rank=0), 1)  # type: ignore[arg-type]
+    progress = Progress(cfg, SimpleNamespace(rank=0), Phases((Phase(1, 8, 1, 32),)))  # type: ignore[arg-type]
     progress.console = Console(file=out, force_terminal=terminal, width=80, highlight=False, soft_wrap=True)
     record = {"step": step, "loss": 12.3456, "tokens_per_s": rate, "grad_norm": 0.3, "lr": 3e-4, "gflops_per_rank": 4e5}
     with progress:

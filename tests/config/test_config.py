@@ -227,7 +227,6 @@ ERROR_CASES: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
         "config.tensor-does-not-divide",
         "model.ffn_size 690 688 692 2",
     ),
-    "phases": ({"phase.1.from_step": 3}, 1, "phase", "config.not-built", ""),
     "rows out of order": ({"phase.3.from_step": 3}, 1, "phase.3.from_step", "config.row-out-of-order", "0 phase.1"),
     "context": ({"parallel.context": 2}, 1, "parallel.context", "config.not-built", "1"),
     "expert": ({"parallel.expert": 2}, 1, "parallel.expert", "config.not-built", "1"),

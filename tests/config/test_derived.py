@@ -67,7 +67,7 @@ def test_a_plan_file_is_read_and_proven_once_a_start(tmp_path: Path, corpus: str
     reads.clear()
     options = {key.replace(".", "_"): value for key, value in values.items()}
     resolved = resolve(2, **options, train_steps=1, data_train=corpus, run_dir=tmp_path / "run")
-    assert reads == [file] and resolved.derived.plan == load_plan(file)
+    assert reads == [file] and resolved.derived.first_plan == load_plan(file)
 
     def job(ctx: ParallelContext) -> tuple[int, int]:
         return train(resolved, ctx, StopRequest()), len(reads)
@@ -100,7 +100,7 @@ def test_layout_plan_and_stages_belong_together() -> None:
     found = resolved.derived
     assert found == derive(resolved.config)
     assert (found.layout.world, found.layout.data, found.layout.tail) == (8, 4, 0)
-    assert (found.plan.microbatches, found.plan.num_stages, found.layers) == (4, 4, (1, 1, 1, 1))
+    assert (found.first_plan.microbatches, found.first_plan.num_stages, found.layers) == (4, 4, (1, 1, 1, 1))
 
 
 def choices(section: type[Section], name: str) -> set[str]:

@@ -14,7 +14,7 @@ from engine.config import hints
 from engine.config.hints import nearest
 from engine.config.load import load
 from engine.config.peers import ENGINES
-from engine.config.schema import fields
+from engine.config.schema import fields, tables
 from engine.errors import ConfigError
 from tests.support.paths import ROOT
 
@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import coming_from
 
 KNOWN = [f"{section}.{name}" for section, name, _ in fields()]
+OF_ROWS = [f"{table}.N.{name}" for table, row in tables().items() for name in row.model_fields]
 OPTIONS = ("--config", "--dry-run")  # of engine train, in addition to the settings
 
 
@@ -73,7 +74,7 @@ def test_names_of_others_and_misspellings_find_ours(option: str, ours: str) -> N
 @pytest.mark.parametrize(
     "option",
     [
-        *("--hidden-dropout", "--attention-dropout", "--model.dropout", "--rampup-batch-size", "--mtp-num-layers"),
+        *("--hidden-dropout", "--attention-dropout", "--model.dropout", "--mtp-num-layers"),
         *("--wandb-project", "--report_to", "--optimizer", "--lora_rank", "--fsdp"),
         *("--exit-duration-in-mins", "--profile", "--float8.filter_fqns", "--nproc_per_node"),
     ],
@@ -115,7 +116,7 @@ def test_random_words_get_no_hint() -> None:
 def test_the_table_names_only_what_exists() -> None:
     rows = [row for rows in ENGINES.values() for row in rows]
     for theirs, ours, remark in rows:
-        assert ours in KNOWN or ours in OPTIONS or (not ours and remark), theirs
+        assert ours in [*KNOWN, *OF_ROWS] or ours in OPTIONS or (not ours and remark), theirs
     for engine, own in ENGINES.items():
         names = [name for theirs, _, _ in own for name in theirs.split()]
         assert len(names) == len(set(names)), f"{engine} has a name twice"

@@ -16,11 +16,12 @@ from engine.config.mixture import read_mixture
 from engine.data.samples.corpora import TrainingData, open_training
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.indexed_writer import IndexedWriter
-from engine.data.samples.loader import Loader, RankShare
+from engine.data.samples.loader import Loader
 from engine.data.samples.transforms import LossMask
 from engine.errors import ConfigError, DataError, FieldError
 from tests.support.command import finish, train
 from tests.support.errors import raises
+from tests.support.shares import share_of
 
 
 def faults_of(text: str) -> tuple[FieldError, ...]:
@@ -39,13 +40,14 @@ def test_one_corpus_and_weights_in_a_line(tmp_path: Path) -> None:
     assert read_mixture("corpus/web").prefixes == ("corpus/web",)
     mixture = read_mixture("0.7 corpus/web 3e-1 other/code")
     assert (mixture.names, mixture.prefixes) == (("web", "code"), ("corpus/web", "other/code"))
-    assert [(c.step, c.amounts) for c in mixture.changes] == [(0, (Fraction(7, 10), Fraction(3, 10)))]
+    assert mixture.amounts == (Fraction(7, 10), Fraction(3, 10))
+    assert mixture.with_weights({"code": 0.1}) == (Fraction(7, 10), Fraction(1, 10))
     assert read_mixture("1 a/web 1 b/web").names == ("a/web", "b/web")
     (tmp_path / "2 of 3.idx").touch()
     assert read_mixture(str(tmp_path / "2 of 3")).prefixes == (str(tmp_path / "2 of 3"),)
 
 
-def test_a_file_with_names_and_changes(tmp_path: Path) -> None:
+def test_a_file_with_names(tmp_path: Path) -> None:
     text = """
     [[source]]
     prefix = "a b/web"
@@ -54,19 +56,13 @@ def test_a_file_with_names_and_changes(tmp_path: Path) -> None:
     prefix = "code"
     name = "source code"
     weight = 0
-    [[change]]
-    step = 10
-    weights = { "source code" = 1.5 }
-    [[change]]
-    step = 20
-    weights = { web = 0 }
     """
     mixture = read_mixture(write(tmp_path, text))
     assert mixture.names == ("web", "source code") and mixture.prefixes == ("a b/web", "code")
-    assert [(c.step, *map(float, c.amounts)) for c in mixture.changes] == [(0, 3, 0), (10, 3, 1.5), (20, 0, 1.5)]
+    assert mixture.amounts == (3, 0)
     for kind in ("tokens", "epochs"):
         mixture = read_mixture(write(tmp_path, f'[[source]]\nprefix = "a"\n{kind} = 2_000_000_000\n'))
-        assert (mixture.kind, mixture.changes[0].amounts) == (kind, (2_000_000_000,))
+        assert (mixture.kind, mixture.amounts) == (kind, (2_000_000_000,))
 
 
 @pytest.mark.parametrize(
@@ -95,10 +91,10 @@ A, B = '[[source]]\nprefix = "a"\nweight = 1\n', '[[source]]\nprefix = "b"\nweig
     ("text", "problem", "fix"),
     [
         ("[[source]\n", "is not valid TOML", "Fix that line."),
-        ("[run]\n" + A, "has 'run', which is not known", "Known: [[source]] and [[change]]."),
+        ("[run]\n" + A, "has 'run', which is not known", "Known: [[source]]."),
         ("", "names no source", "Write [[source]]"),
-        ('[source]\nprefix = "a"\n', "has [source] or [change] in single brackets", "Write [[source]] and [[change]]."),
-        ("source = [1]\n", "has [source] or [change] in single brackets", "Write [[source]] and [[change]]."),
+        ('[source]\nprefix = "a"\n', "has [source] in single brackets", "Write [[source]]."),
+        ("source = [1]\n", "has [source] in single brackets", "Write [[source]]."),
         (A + "wait = 1\n", "has 'wait', which is not known", "Known: prefix, name, weight, tokens, epochs, fim."),
         ("[[source]]\nweight = 1\n", "has no prefix, or one that is not a string", 'Write prefix = "..."'),
         ("[[source]]\nprefix = 3\nweight = 1\n", "has no prefix, or one that is not a string", 'Write prefix = "..."'),
@@ -122,41 +118,15 @@ A, B = '[[source]]\nprefix = "a"\nweight = 1\n', '[[source]]\nprefix = "b"\nweig
             "Use a number such as 0.5.",
         ),
         (A + '[[source]]\nprefix = "b"\ntokens = 5\n', "mixes weight and tokens", "Use one kind for all sources."),
-        (
-            '[[source]]\nprefix = "a"\ntokens = 1\n[[change]]\nstep = 1\n',
-            "combines changes with tokens",
-            "weights with changes.",
-        ),
         (A + A, "is given twice", "Give it once."),
         (A + B + 'name = "a"\n', "is the name of two sources", 'Give each source a separate name = "...".'),
-        (A + "[[change]]\nstep = 1\nweights = {}\nx = 1\n", "has 'x', which is not known", "Known: step, weights."),
         (
-            A + "[[change]]\nweights = {}\n",
-            "has step = None, not a number of at least 1",
-            "Give the number of optimizer steps before the change.",
+            A + "[[change]]\nstep = 5\nweights = { a = 0.5 }\n[[change]]\nstep = 7\nweights = { a = 2 }\n",
+            "has [[change]]",
+            "[[phase]] from_step = 6, weights = { a = 0.5 }; [[phase]] from_step = 8, weights = { a = 2 }.",
         ),
-        (
-            A + "[[change]]\nstep = 0\nweights = {}\n",
-            "has step = 0, not a number of at least 1",
-            "number of optimizer steps before the change.",
-        ),
-        (A + "[[change]]\nstep = 1\n", "has weights = None", "Write weights = { NAME = NUMBER, ... }."),
-        (A + "[[change]]\nstep = 1\nweights = { c = 1 }\n", "names 'c', which is not a source", "Sources: a."),
-        (
-            A + "[[change]]\nstep = 1\nweights = { a = -1 }\n",
-            "has a = -1, not a number of at least 0",
-            "Use a number such as 0.5.",
-        ),
-        (
-            A + "[[change]]\nstep = 1\nweights = { a = 0 }\n",
-            "has no source with a weight above 0 after step 1",
-            "a weight above 0.",
-        ),
-        (
-            A + "[[change]]\nstep = 5\nweights = {}\n[[change]]\nstep = 5\nweights = {}\n",
-            "has changes at steps [5, 5]",
-            "Order them by rising steps.",
-        ),
+        (A + "[change]\n", "has [[change]]", "[[phase]] from_step, weights."),
+        ('[[source]]\nprefix = "a"\nweight = 0\n', "has no source with a weight above 0", "a weight above 0."),
     ],
 )
 def test_faults_of_a_file(text: str, problem: str, fix: str, tmp_path: Path) -> None:
@@ -241,7 +211,7 @@ def test_the_end_of_document_is_left_out_of_the_loss_if_asked(corpora: Path, tmp
     assert (data.transforms, data.metadata["mask_eod"]) == ((LossMask(after=(5,)),), 5)
     assert opened(str(tmp_path / "a")).transforms == ()
     sizes = {"global_batch_size": 20, "micro_batch_size": 20, "data_rank": 0, "data_size": 1}
-    share, plain_share = RankShare(data.order, **sizes, transforms=data.transforms), RankShare(data.order, **sizes)
+    share, plain_share = share_of(data.order, **sizes, transforms=data.transforms), share_of(data.order, **sizes)
     with Loader(share) as loader, Loader(plain_share) as plain:
         (masked,), (whole,) = next(loader), next(plain)
     assert torch.equal(masked.tokens, whole.tokens) and torch.equal(masked.labels, whole.labels) and whole.weights.all()
@@ -255,8 +225,11 @@ def test_the_end_of_document_is_left_out_of_the_loss_if_asked(corpora: Path, tmp
         opened(f"1 {tmp_path}/a 1 {tmp_path}/b", **{"data.mask_eod": "true"})
 
 
-def run(commands: Path, folder: Path, mix: str, steps: int) -> tuple[int, str, str]:
-    options = ("--train.steps", str(steps), "--lr-schedule.kind", "constant")
+LATER = ("--phase.1.from_step", "7", "--phase.1.weights", "9 code")
+
+
+def run(commands: Path, folder: Path, mix: str, steps: int, phase: tuple[str, ...] = ()) -> tuple[int, str, str]:
+    options = ("--train.steps", str(steps), "--lr-schedule.kind", "constant", *phase)
     return finish(train(Path(mix), folder, 1, *options, commands=commands))
 
 
@@ -267,27 +240,27 @@ def records(folder: Path) -> dict[int, dict[str, float]]:
 
 def test_a_blend_trains_resumes_bit_by_bit_and_refuses_another(corpora: Path, tmp_path: Path, warm: Path) -> None:
     text = "".join(f'[[source]]\nprefix = "{corpora / n}"\nweight = {w}\n' for n, w in (("web", 3), ("code", 1)))
-    later = "[[change]]\nstep = 6\nweights = { code = 9 }\n"
-    mix = write(tmp_path, text + later)
-    code, out, err = run(warm, tmp_path / "whole", mix, 8)
+    mix = write(tmp_path, text)
+    code, out, err = run(warm, tmp_path / "whole", mix, 8, LATER)
     assert code == 0 and "source web: 40 of 64 samples" in out, err  # 36 of 48, then 4 of 16
     whole = records(tmp_path / "whole")
     assert all({"loss_web", "loss_code"} <= set(record) for record in whole.values())
     assert all(
         min(r["loss_web"], r["loss_code"]) <= r["loss"] <= max(r["loss_web"], r["loss_code"]) for r in whole.values()
     )
-    assert run(warm, tmp_path / "parts", write(tmp_path, text), 5)[0] == 0
-    assert run(warm, tmp_path / "parts", write(tmp_path, text + later), 8)[0] == 0  # the change is still to come
+    assert run(warm, tmp_path / "parts", mix, 5)[0] == 0
+    assert run(warm, tmp_path / "parts", mix, 8, LATER)[0] == 0  # the change is still to come
     parts = records(tmp_path / "parts")
     for step in range(6, 9):
         assert all(whole[step][k] == parts[step][k] for k in ("loss", "loss_web", "loss_code", "grad_norm"))
 
-    def refused(folder: str, mix: str, *lines: str) -> None:
-        code, _, err = run(warm, tmp_path / folder, mix, 12)
+    def refused(folder: str, mix: str, *lines: str, phase: tuple[str, ...] = ()) -> None:
+        code, _, err = run(warm, tmp_path / folder, mix, 12, phase)
         assert code == 1 and all(line in err for line in lines), err
 
-    other = write(tmp_path, text.replace("weight = 3", "weight = 2") + later)
-    refused("whole", other, "data.mixture from step 0: checkpoint 'web 3, code 1', now 'web 2, code 1'")
+    other = write(tmp_path, text.replace("weight = 3", "weight = 2"))
+    changed = "data.mixture from step 0: checkpoint 'web 3, code 1', now 'web 2, code 1'"
+    refused("whole", other, changed, phase=LATER)
     refused("whole", write(tmp_path, text), "data.mixture from step 6: checkpoint 'web 1, code 3', now None")
     refused("whole", str(corpora / "web"), "data.source 1, code: checkpoint '60 documents, ", "now None")
     assert run(warm, tmp_path / "one", str(corpora / "web"), 2)[0] == 0
@@ -298,11 +271,11 @@ def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path) -> None:
     path = tmp_path / "mix.toml"
     path.write_text(
         '[[source]]\nprefix = "a"\nweight = -1\nwieght = 2\n[[source]]\nprefix = "a"\nname = "b"\ntokens = 5\n'
-        "[[source]]\nweight = 1\n[[change]]\nstep = 0\nweights = { nosuch = 1 }\n[[chnage]]\n"
+        "[[source]]\nweight = 1\n[[change]]\nstep = 0\nweights = { nosuch = 1 }\n[[sourec]]\n"
     )
     with pytest.raises(ConfigError) as error:
         read_mixture(str(path))
     text = str(error.value)
-    for part in ("chnage", "wieght", "weight = -1", "no prefix", "mixes weight and tokens", "is given twice"):
+    for part in ("sourec", "wieght", "weight = -1", "no prefix", "mixes weight and tokens", "is given twice"):
         assert part in text
-    assert "step = 0" in text and "nosuch" in text and len(error.value.errors) == 8
+    assert "nosuch = 1" in text and len(error.value.errors) == 7

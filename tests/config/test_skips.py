@@ -15,7 +15,7 @@ from engine.config.checks import config_errors
 from engine.config.schema import Config
 from engine.config.skips import contains, format_ranges, ranges_below, read_ranges
 from engine.data.samples.indexed_writer import IndexedWriter
-from engine.data.samples.loader import Loader, RankShare
+from engine.data.samples.loader import Loader
 from engine.data.samples.order import SampleOrder
 from engine.data.samples.transforms import SkipSamples
 from engine.distributed.context import ParallelContext
@@ -26,6 +26,7 @@ from engine.train.state import setup
 from engine.train.step import advance_counters, train_step
 from tests.support.cases import assemble, layout_of, max_relative_error, resolve, weights_of
 from tests.support.harness import run_ranks
+from tests.support.shares import share_of
 
 BATCH = 8
 
@@ -64,7 +65,7 @@ def loader_of(cfg: Config, ctx: ParallelContext, prefix: str, skip: str) -> Load
     order = SampleOrder(IndexedDataset(prefix, 61), cfg.train.seq_len, cfg.train.seed)
     transforms = (SkipSamples(read_ranges(skip)),)
     sizes = {"global_batch_size": BATCH, "micro_batch_size": cfg.train.micro_batch_size}
-    return Loader(RankShare(order, **sizes, data_rank=ctx.data.rank, data_size=ctx.data.size, transforms=transforms))
+    return Loader(share_of(order, **sizes, data_rank=ctx.data.rank, data_size=ctx.data.size, transforms=transforms))
 
 
 def test_left_out_samples_count_nothing_in_every_layout(corpus: str) -> None:

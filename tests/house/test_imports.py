@@ -42,9 +42,16 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("pipeline.schedules", "pipeline.torch_csv"),
     ("pipeline.shares", "pipeline.list_schedules", "pipeline.improve", "pipeline.search"),
     ("pipeline.timeline", "pipeline.draw"),
-    ("config.schema", "config.derived", "config.tree"),
+    ("config.schema", "config.derived", "config.tree", "config.phases"),
     ("optim.groups",),
-    ("config.checks", "config.model_checks", "config.idle", "planner", "interop.huggingface.config_json"),
+    (
+        "config.checks",
+        "config.model_checks",
+        "config.phase_checks",
+        "config.idle",
+        "planner",
+        "interop.huggingface.config_json",
+    ),
     ("config.load",),
     ("cli.schedule_pages",),
     ("distributed.board",),  # no torch up to here

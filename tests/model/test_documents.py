@@ -16,7 +16,7 @@ from engine.config.schema import Config
 from engine.data.samples.corpora import open_training
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.indexed_writer import IndexedWriter
-from engine.data.samples.loader import Loader, RankShare
+from engine.data.samples.loader import Loader
 from engine.data.samples.transforms import SeparateDocuments
 from engine.distributed.context import ParallelContext, make_context
 from engine.model.transformer import build_stages
@@ -25,6 +25,7 @@ from engine.train.state import setup
 from engine.train.step import train_step
 from tests.support.cases import assemble, config, gradients_of, layout_of, max_relative_error, micro_batch
 from tests.support.harness import run_ranks
+from tests.support.shares import share_of
 
 S, EOD = 16, 60
 LENGTHS = [[5, 11], [16], [1, 1, 14], [7, 8, 1]]  # of the documents of each row, each with its EOD token
@@ -117,7 +118,7 @@ def test_loader_and_validation_mask_documents(tmp_path: Path) -> None:
     data = open_training(cfg, None)
     assert data.transforms == (SeparateDocuments(EOD),) and data.metadata["separate_documents"] == EOD
     sizes = {"global_batch_size": 2, "micro_batch_size": 2, "data_rank": 0, "data_size": 1}
-    with Loader(RankShare(data.order, **sizes, transforms=data.transforms)) as loader:
+    with Loader(share_of(data.order, **sizes, transforms=data.transforms)) as loader:
         (batch,) = next(loader)
     assert batch.sequence.documents is not None
     assert torch.equal(batch.sequence.documents.starts, Documents.from_eod(batch.tokens, EOD).starts)

@@ -12,6 +12,7 @@ import pytest
 
 from engine.checkpoint.retention import delete_old
 from engine.checkpoint.storage import DISK
+from engine.config.phases import Phase, Phases
 from engine.distributed.context import ParallelContext
 from engine.errors import TrainingError
 from engine.monitor.metrics import read_metrics
@@ -23,6 +24,8 @@ from tests.support.cases import layout_of, resolve
 from tests.support.checkpoints import as_step, complete_steps, save_one
 from tests.support.corpora import rows_of_61
 from tests.support.harness import run_ranks
+
+PLAIN = Phases((Phase(1, 8, 1, 32),))
 
 
 def feed(watch: SpikeWatch, losses: list[float], first: int = 1) -> list[int]:
@@ -36,14 +39,14 @@ def test_what_stands_out(tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     rng = np.random.default_rng(0)
     falling = (2 + 9 * np.exp(-np.arange(400) / 60) + rng.normal(0, 0.05, 400)).tolist()
-    assert feed(SpikeWatch(tmp_path / "b", 0), falling) == []
-    assert feed(SpikeWatch(tmp_path / "a", 0), [6.2, 2e7, 1e5]) == [2, 3]  # from the second step on
+    assert feed(SpikeWatch(tmp_path / "b", 0, PLAIN), falling) == []
+    assert feed(SpikeWatch(tmp_path / "a", 0, PLAIN), [6.2, 2e7, 1e5]) == [2, 3]  # from the second step on
     spiked = [*falling]
     spiked[300] += 1.0
-    assert feed(SpikeWatch(tmp_path / "c", 0), spiked) == [301]
+    assert feed(SpikeWatch(tmp_path / "c", 0, PLAIN), spiked) == [301]
     ragged = rng.uniform(1.0, 3.0, 300).tolist()  # short, different texts
-    assert feed(SpikeWatch(tmp_path / "b", 0), ragged) == []
-    watch = SpikeWatch(tmp_path / "b", 0)
+    assert feed(SpikeWatch(tmp_path / "b", 0, PLAIN), ragged) == []
+    watch = SpikeWatch(tmp_path / "b", 0, PLAIN)
     assert feed(watch, falling) == []
     high, note = watch.observe(401, 2.0, 30.0, "3200-3207")
     assert high and "step 401: gradient norm 30 where 1 is normal; its samples are 3200-3207" in note
@@ -52,11 +55,11 @@ def test_what_stands_out(tmp_path: Path) -> None:
 
 def test_a_spike_lasts_until_the_run_has_recovered_and_survives_a_restart(tmp_path: Path) -> None:
     def again(step: int, first: SpikeWatch) -> SpikeWatch:
-        watch = SpikeWatch(tmp_path, step)
+        watch = SpikeWatch(tmp_path, step, PLAIN)
         watch._normal = first._normal  # as from metrics.jsonl, which the test below reads
         return watch
 
-    watch = SpikeWatch(tmp_path, 0)
+    watch = SpikeWatch(tmp_path, 0, PLAIN)
     assert feed(watch, [2.0] * 30) == [] and watch.since == 0
     assert feed(watch, [5.0] * 100, 31) == list(range(31, 131))  # a loss that stays high does not become normal
     assert watch.since == 31 and json.loads((tmp_path / "spike.json").read_text())["step"] == 31

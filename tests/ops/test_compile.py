@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.config.phases import phases_of
 from engine.config.schema import Config
 from engine.distributed.collectives import all_reduce_
 from engine.distributed.context import ParallelContext, make_context
@@ -121,6 +122,6 @@ def test_a_run_prints_its_compute_backends(
 ) -> None:
     cfg = config(1, **changes)
     ctx = make_context(layout_of(cfg), 0, dtype=torch.float64)
-    Progress(cfg, ctx, 1).start(0, "", 1)
+    Progress(cfg, ctx, phases_of(cfg)).start(phases_of(cfg), "", 1)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if " kernels: " in line]
     assert line.partition("attention: ")[2].partition(";")[0] in ("own", "sdpa") and line.endswith(expected or "sdpa")

@@ -117,7 +117,7 @@ def test_resume_in_the_same_layout_changes_no_bit(tmp_path: Path, precision: str
     def resumed(ctx: ParallelContext) -> Any:
         state = setup(cfg, ctx)
         resume(state, tmp_path / f"step_{stop:08d}", METADATA)
-        assert state.consumed_samples == stop * cfg.train.global_batch_size
+        assert state.position.samples == stop * cfg.train.global_batch_size
         return steps(state, ctx, 5 - stop), digest(state, ctx)
 
     a = run_ranks(layout_of(cfg), through, dtype=dtype)

@@ -52,7 +52,7 @@ def cfg_of(name: str, **overrides: Any) -> Config:
 
 def snapshot(state: TrainState) -> tuple[list[Any], tuple[Any, ...]]:
     """All tensors of the state that this rank holds, and its positions."""
-    numbers = (state.step, state.consumed_samples, state.consumed_tokens, state.optimizer.steps)
+    numbers = (state.step, state.position.samples, state.position.tokens, state.optimizer.steps)
     return shard_pieces(state.optimizer.states(), state.ctx), (*numbers, state.scale.value, state.scale.good_steps)
 
 

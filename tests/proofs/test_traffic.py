@@ -52,7 +52,7 @@ def measured(cfg: Config) -> list[dict[tuple[str, str], float]]:
 def tensor_bytes(cfg: Config, layers: int, *, first: bool, last: bool) -> dict[tuple[str, str], float]:
     """The bytes that a rank sends over the tensor axis in one step, by (axis, collective)."""
     m, t, p = cfg.model, cfg.train, cfg.parallel
-    microbatches, share = derive(cfg).plan.microbatches, (p.tensor - 1) / p.tensor
+    microbatches, share = derive(cfg).first_plan.microbatches, (p.tensor - 1) / p.tensor
     x = t.seq_len * t.micro_batch_size * m.hidden_size * ACT * share  # one activation around the ring
     full = t.recompute == "full"
     statistics = 2 * 3 * t.seq_len * t.micro_batch_size * MAIN * share * last  # cross entropy: peak, sum, target
@@ -100,7 +100,7 @@ def test_pipeline_axis(schedule: str, times: int, tensor: int) -> None:
     )  # each tensor rank sends its part of the sequence
     crossings = {"1f1b": 1, "interleaved": 3, "zb-v": 2}[schedule]
     total = sum(sent["pipeline", "send"] for sent in measured(cfg)) / tensor
-    assert total == derive(cfg).plan.microbatches * crossings * 2 * x
+    assert total == derive(cfg).first_plan.microbatches * crossings * 2 * x
 
 
 @pytest.mark.parametrize(

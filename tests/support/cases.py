@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from engine.batch import MicroBatch, Sequence
 from engine.config.derived import derive
 from engine.config.load import Resolved, load
+from engine.config.phases import phases_of
 from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
 from engine.distributed.layout import Layout
@@ -60,6 +62,9 @@ def resolve(world: int = 1, **overrides: Any) -> Resolved:
         "monitor.tensorboard": False,
     }
     for key, value in overrides.items():
+        if row := re.fullmatch(r"(phase)_(\d+)_(\w+)", key):
+            values[".".join(row.groups())] = value
+            continue
         section = next(s for s in Config.model_fields if key.startswith(f"{s}_"))
         values[f"{section}.{key.removeprefix(section)[1:]}"] = value
     return load([], {k: str(v) for k, v in values.items()}, world=world)
@@ -77,13 +82,14 @@ def layout_of(cfg: Config) -> Layout:
 
 def random_batches(cfg: Config, ctx: ParallelContext, step: int) -> list[MicroBatch]:
     """This data rank's microbatches of a global batch with very uneven masks, a function of the step alone."""
-    g, s = cfg.train.global_batch_size, cfg.train.seq_len
+    phase = phases_of(cfg).at(step + 1)
+    g, s = phase.global_batch_size, phase.seq_len
     rng = np.random.default_rng(step)
     rows = torch.from_numpy(rng.integers(0, cfg.model.vocab_size, (g, s + 1)))
     counted = torch.from_numpy(rng.integers(0, s + 1, g))
     counted[step % g], counted[(step + 3) % g] = 0, s
     mask = torch.arange(s)[None, :] < counted[:, None]
-    local, mbs = g // ctx.data.size, cfg.train.micro_batch_size
+    local, mbs = g // ctx.data.size, phase.micro_batch_size
     parts = [slice(i, i + mbs) for i in range(ctx.data.rank * local, (ctx.data.rank + 1) * local, mbs)]
     numbers = torch.arange(step * g, (step + 1) * g)
     return [micro_batch(rows[p, :-1].contiguous(), rows[p, 1:].contiguous(), mask[p], numbers[p]) for p in parts]

@@ -23,6 +23,7 @@ import torch
 from machine import BATCH, BLEND_SAMPLES, SEED, SEQ_LEN, blend_weights, describe, peak_memory, samples_per_s
 from report import Row, finish, show, spread
 
+from engine.config.phases import Phase, Phases
 from engine.data.samples.blend import SourceAssignment
 from engine.data.samples.index_file import HEADER, MAGIC
 from engine.data.samples.indexed import IndexedDataset
@@ -54,7 +55,8 @@ def make_corpus(prefix: Path, documents: int) -> None:
 
 def corpus(prefix: str, small: str) -> dict[str, float]:
     """In a fresh process: opening until 8 samples are there, then micro-batches in random access, as in training."""
-    RankShare(SampleOrder(IndexedDataset(small), SEQ_LEN, 0), BATCH, BATCH, 0, 1).read(0)  # imports
+    phases = Phases((Phase(1, BATCH, BATCH, SEQ_LEN),))
+    RankShare(SampleOrder(IndexedDataset(small), SEQ_LEN, 0), phases, 0, 1).read(1)  # imports
     opened = 0.0
 
     def start() -> SampleOrder:
@@ -67,8 +69,8 @@ def corpus(prefix: str, small: str) -> dict[str, float]:
         return order
 
     seconds, memory, order = peak_memory(start)
-    share = RankShare(order, BATCH, BATCH, 0, 1)
-    one, two = (samples_per_s(share.read, BATCH, threads) for threads in (1, 2))
+    share = RankShare(order, phases, 0, 1)
+    one, two = (samples_per_s(lambda low: share.read(1 + low // BATCH), BATCH, threads) for threads in (1, 2))
     return {"seconds": seconds, "open": opened, "memory": memory, **one, "rate_2": two["rate"]}
 
 

@@ -179,7 +179,7 @@ class SourceAssignment:
 
 
 @dataclass(frozen=True)
-class Phase:
+class BlendPhase:
     """From global sample `start` until the next phase, source k has weight weights[k] (0: not used)."""
 
     start: int
@@ -193,7 +193,7 @@ class BlendedOrder:
     source is within one sample of its share at every prefix.
     """
 
-    def __init__(self, orders: Sequence[SampleOrder], phases: Sequence[Phase], *, native: bool | None = None):
+    def __init__(self, orders: Sequence[SampleOrder], phases: Sequence[BlendPhase], *, native: bool | None = None):
         starts = [phase.start for phase in phases]
         if not starts or starts[0] != 0 or any(a >= b for a, b in itertools.pairwise(starts)):
             raise DataError(

@@ -13,9 +13,10 @@ import xxhash
 
 from engine.batch import Transform
 from engine.config.mixture import PATH, Mixture, read_mixture
+from engine.config.phases import Phases, phases_of
 from engine.config.schema import Config
 from engine.config.skips import read_ranges
-from engine.data.samples.blend import BlendedOrder, Phase, integer_weights, smallest_share
+from engine.data.samples.blend import BlendedOrder, BlendPhase, integer_weights, smallest_share
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.keyed import derive_key
 from engine.data.samples.order import ORDER_VERSION, SampleOrder
@@ -86,39 +87,39 @@ def open_training(cfg: Config, tokenizer: Tokenizer | None) -> TrainingData:
         SampleOrder(dataset, cfg.train.seq_len, derive_key(cfg.train.seed, "source", k))
         for k, dataset in enumerate(datasets)
     ]
-    planned = _planned(mixture, orders)
+    phases = phases_of(cfg)
+    planned = _planned(mixture, phases, orders)
     for k, (name, dataset) in enumerate(zip(mixture.names, datasets)):
         metadata[f"source {k}, {name}"] = f"{dataset.num_documents} documents, {dataset.num_tokens} tokens"
     for step, weights in planned:
         metadata[f"{DECLARED_MIXTURE}{step}"] = _format_weights(mixture.names, weights)
-    blend = BlendedOrder(orders, [Phase(0, planned[0][1])])
-    return resume_data(TrainingData(blend, mixture.names, metadata, tuple(notes), transforms, mixture, planned), cfg)
+    blend = BlendedOrder(orders, [BlendPhase(0, planned[0][1])])
+    return resume_data(
+        TrainingData(blend, mixture.names, metadata, tuple(notes), transforms, mixture, planned), cfg, phases
+    )
 
 
-def resume_data(
-    data: TrainingData, cfg: Config, step: int = 0, consumed: int = 0, past: Mapping[str, Any] | None = None
-) -> TrainingData:
-    """The data of a run that resumes after `step` steps and `consumed` samples. `past`: its checkpoint's data metadata.
+def resume_data(data: TrainingData, cfg: Config, run: Phases, past: Mapping[str, Any] | None = None) -> TrainingData:
+    """The data of a run that begins or resumes at the origin of its phases. past: its checkpoint's data metadata.
 
     The past mixture is taken from the checkpoint, for any batch size it was drawn with, so each source continues at its
-    own position. Later changes in data.train take effect at their steps, counted with the current batch size. If the
-    sources have changed (and the resume was allowed), the blend is read as if it had always been the current one, and a
-    note reports it.
+    own position. Weights of later phases take effect at their steps. If the sources have changed (and the resume was
+    allowed), the blend is read as if it had always been the current one, and a note reports it.
     """
     if not isinstance(data.order, BlendedOrder):
         return data
+    step, consumed = run.origin.step, run.origin.samples
     drawn = [phase for phase in _drawn(data.names, past or {}) if phase.start < consumed]
     since, weights = max(change for change in data.planned if change[0] <= step)
     phases = list(drawn)
     if not drawn or since == step or drawn[-1].weights != weights:
-        phases.append(Phase(consumed if drawn else 0, weights))
-    batch = cfg.train.global_batch_size
-    phases += [Phase(consumed + (at - step) * batch, weights) for at, weights in data.planned if at > step]
+        phases.append(BlendPhase(consumed if drawn else 0, weights))
+    phases += [BlendPhase(run.consumed(at).samples, weights) for at, weights in data.planned if at > step]
     metadata = {name: value for name, value in data.metadata.items() if not name.startswith(USED_MIXTURE)}
     metadata |= {f"{USED_MIXTURE}{phase.start}": _format_weights(data.names, phase.weights) for phase in phases}
     order = BlendedOrder(data.order.orders, phases)
-    total = consumed + max(0, cfg.train.steps - step) * batch
-    notes = _notes(data.mixture, order, cfg, total)
+    total = run.consumed(max(step, cfg.train.steps)).samples
+    notes = _notes(data.mixture, order, cfg, run, total)
     if consumed and not drawn and any(name.startswith(USED_MIXTURE) for name in past or {}):
         notes.insert(
             0, "the checkpoint's sources have other names: the blend is read as if it had always been the current one"
@@ -130,7 +131,7 @@ def _format_weights(names: Sequence[str], weights: Sequence[int]) -> str:
     return ", ".join(f"{name} {weight}" for name, weight in zip(names, weights))
 
 
-def _drawn(names: Sequence[str], past: Mapping[str, Any]) -> list[Phase]:
+def _drawn(names: Sequence[str], past: Mapping[str, Any]) -> list[BlendPhase]:
     """Phases used so far according to a checkpoint's data metadata, by start; later sources may be missing in them.
 
     Empty if the checkpoint has no phases, or has other sources.
@@ -143,7 +144,9 @@ def _drawn(names: Sequence[str], past: Mapping[str, Any]) -> list[Phase]:
             if found is None:
                 return []
             weights = [int(weight) for weight in found.groups()]
-            phases.append(Phase(int(name.removeprefix(USED_MIXTURE)), (*weights, *[0] * (len(names) - len(weights)))))
+            phases.append(
+                BlendPhase(int(name.removeprefix(USED_MIXTURE)), (*weights, *[0] * (len(names) - len(weights))))
+            )
     return sorted(phases, key=lambda phase: phase.start)
 
 
@@ -253,11 +256,11 @@ def _check_same_tokenizer(datasets: list[IndexedDataset]) -> None:
             )
 
 
-def _planned(mixture: Mixture, orders: list[SampleOrder]) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """(step, integer weights from that step on) for each change declared in data.train."""
+def _planned(mixture: Mixture, run: Phases, orders: list[SampleOrder]) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """(steps before, integer weights from then on) at step 1 and for each phase that gives weights."""
     planned = []
-    for change in mixture.changes:
-        shares = dict(enumerate(change.amounts))
+    for phase in (phase for phase in run.phases if phase.first_step == 1 or "weights" in phase.given):
+        shares = dict(enumerate(mixture.with_weights(phase.weights)))
         if mixture.kind == "epochs":
             shares = {k: amount * orders[k].samples_per_epoch for k, amount in shares.items()}
         shares = {k: share for k, share in shares.items() if share}
@@ -276,11 +279,11 @@ def _planned(mixture: Mixture, orders: list[SampleOrder]) -> tuple[tuple[int, tu
         if errors:
             raise ConfigError(errors)
         weights = dict(zip(shares, integer_weights(list(shares.values()))))
-        planned.append((change.step, tuple(weights.get(k, 0) for k in range(len(orders)))))
+        planned.append((phase.first_step - 1, tuple(weights.get(k, 0) for k in range(len(orders)))))
     return tuple(planned)
 
 
-def _notes(mixture: Mixture, order: BlendedOrder, cfg: Config, total: int) -> list[str]:
+def _notes(mixture: Mixture, order: BlendedOrder, cfg: Config, run: Phases, total: int) -> list[str]:
     """Messages: how often the run reads each source in `total` samples, and whether its length fits the amounts."""
     counts = order.counts(total).tolist()
     notes = [
@@ -291,13 +294,13 @@ def _notes(mixture: Mixture, order: BlendedOrder, cfg: Config, total: int) -> li
     if len(counts) > _MOST_NOTES:
         notes.append(f"... and {len(counts) - _MOST_NOTES} more sources")
     if mixture.kind != "weight":
-        amounts = mixture.changes[0].amounts
+        amounts = mixture.amounts
         each = [Fraction(cfg.train.seq_len)] * len(counts)
         if mixture.kind == "epochs":
             each = [Fraction(1, one.samples_per_epoch) for one in order.orders]
         wanted = float(sum(amount / part for amount, part in zip(amounts, each)))
         if abs(total - wanted) > max(1.0, 0.001 * wanted):
-            steps = cfg.train.steps - round((total - wanted) / cfg.train.global_batch_size)
+            steps = run.steps_to_read(wanted)
             notes.append(
                 f"the requested {mixture.kind} need {steps:,} steps, the run has {cfg.train.steps:,}: each source gets "
                 f"{total / wanted:.3g} times its amount"

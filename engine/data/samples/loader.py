@@ -1,8 +1,8 @@
 """Data loader: the micro-batches of one data-parallel rank, prefetched by one background thread.
 
-The global batch after `consumed` samples is the samples [consumed, consumed + global_batch_size) in every layout. Data
-rank r takes the r-th contiguous slice of it and splits the slice into micro-batches, in order. So `consumed_samples` is
-the only state needed to resume, also with another data-parallel size or micro-batch size.
+The samples of a step and the sizes of its batch follow from the phases of the run (engine.config.phases), in every
+layout. Data rank r takes the r-th contiguous slice of the global batch and splits it into micro-batches, in order. So
+the step is the only state needed to resume, also with another data-parallel size or micro-batch size.
 
 Legend: b micro_batch_size, s seq_len.
 """
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from engine.batch import MicroBatch, Rows, Transform, micro_batches
+from engine.config.phases import Phases
 from engine.data.samples.keyed import Int64Array
 from engine.errors import DataError
 
@@ -42,19 +43,19 @@ class RankShare:
     """One data rank's slice of every global batch, and the transforms of its rows, in order."""
 
     order: Order
-    global_batch_size: int
-    micro_batch_size: int
+    phases: Phases
     data_rank: int
     data_size: int
     transforms: tuple[Transform, ...] = ()
 
-    def read(self, consumed: int) -> list[MicroBatch]:
-        """This rank's micro-batches of the global batch [consumed, consumed + global_batch_size)."""
-        local = self.global_batch_size // self.data_size
-        first = consumed + self.data_rank * local
+    def read(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of an optimizer step."""
+        whole, micro = self.phases.samples(step), self.phases.at(step).micro_batch_size
+        local = len(whole) // self.data_size
+        first = whole.start + self.data_rank * local
         samples = np.arange(first, first + local, dtype=np.int64)
         columns = self.order.gather(samples), samples, self.order.sources(samples)
-        return micro_batches(Rows.from_tokens(*map(torch.from_numpy, columns)), self.micro_batch_size, self.transforms)
+        return micro_batches(Rows.from_tokens(*map(torch.from_numpy, columns)), micro, self.transforms)
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,15 @@ class _BatchQueue:
         self.slots.release()
 
 
-def _produce(share: RankShare, consumed: int, batches: _BatchQueue) -> None:
+def _produce(share: RankShare, step: int, batches: _BatchQueue) -> None:
     """Worker thread. It has no reference to the Loader, so that garbage collection of a Loader stops its worker."""
     try:
         while True:
             batches.slots.acquire()
             if batches.stop.is_set():
                 return
-            batches.ready.put(share.read(consumed))
-            consumed += share.global_batch_size
+            step += 1
+            batches.ready.put(share.read(step))
     except BaseException as err:  # any exception must be raised in the training thread
         batches.ready.put(err)
 
@@ -86,33 +87,34 @@ def _produce(share: RankShare, consumed: int, batches: _BatchQueue) -> None:
 class Loader:
     """Infinite iterator over global batches: each `next()` returns this data rank's list[MicroBatch].
 
-    The worker starts with the first `next()` (so a Loader may be created before a fork) and keeps up to `prefetch`
-    batches ready. An exception of the worker is raised by this and every later `next()`. Raises DataError for sizes
-    that do not divide.
+    The first is that of the step after the origin of the phases. The worker starts with the first `next()` (so a Loader
+    may be created before a fork) and keeps up to `prefetch` batches ready. An exception of the worker is raised by this
+    and every later `next()`. Raises DataError for sizes that do not divide.
     """
 
-    def __init__(self, share: RankShare, *, start_sample: int = 0, prefetch: int = 2):
-        whole, micro, ranks = share.global_batch_size, share.micro_batch_size, share.data_size
-        if min(whole, micro, ranks, prefetch) < 1 or start_sample < 0:
+    def __init__(self, share: RankShare, *, prefetch: int = 2):
+        ranks = share.data_size
+        sizes = [size for phase in share.phases.phases for size in (phase.global_batch_size, phase.micro_batch_size)]
+        if min(*sizes, ranks, prefetch) < 1:
             raise DataError(
                 "samples.sizes-out-of-range",
-                f"global_batch_size = {whole}, micro_batch_size = {micro}, data_size = "
-                f"{ranks}, prefetch = {prefetch}, start_sample = {start_sample}: sizes must be at least 1 and "
-                f"start_sample at least 0",
+                f"batch sizes {sizes}, data_size = {ranks}, prefetch = {prefetch}: sizes must be at least 1",
             )
         if not 0 <= share.data_rank < ranks:
             raise DataError(
                 "samples.data-rank-out-of-range",
                 f"data_rank = {share.data_rank}: expected to be in [0, data_size = {ranks})",
             )
-        if whole % (micro * ranks) != 0:
-            raise DataError(
-                "samples.batch-not-divisible",
-                f"global_batch_size = {whole} is not a multiple of micro_batch_size * data_size = "
-                f"{micro} * {ranks} = {micro * ranks}. Change one of the three.",
-            )
+        for phase in share.phases.phases:
+            slice_ = phase.micro_batch_size * ranks
+            if phase.global_batch_size % slice_:
+                raise DataError(
+                    "samples.batch-not-divisible",
+                    f"global_batch_size = {phase.global_batch_size} is not a multiple of micro_batch_size * "
+                    f"data_size = {phase.micro_batch_size} * {ranks} = {slice_}. Change one of the three.",
+                )
         self._share = share
-        self._consumed = start_sample
+        self._step = share.phases.origin.step
         self._batches = _BatchQueue(threading.Semaphore(prefetch), queue.SimpleQueue(), threading.Event())
         self._worker: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -120,8 +122,8 @@ class Loader:
 
     @property
     def consumed_samples(self) -> int:
-        """Global samples of all batches returned, including start_sample; prefetched batches do not count."""
-        return self._consumed
+        """Global samples of the run after all batches returned; prefetched batches do not count."""
+        return self._share.phases.consumed(self._step).samples
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         return self
@@ -132,10 +134,10 @@ class Loader:
         if self._batches.stop.is_set():
             raise DataError(
                 "samples.loader-closed",
-                "the data loader is closed: create a new one with start_sample = consumed_samples",
+                "the data loader is closed: create a new one that begins at its position",
             )
         if self._worker is None:
-            arguments = (self._share, self._consumed, self._batches)
+            arguments = (self._share, self._step, self._batches)
             self._worker = threading.Thread(target=_produce, args=arguments, name="data-prefetch", daemon=True)
             self._worker.start()
         result = self._batches.ready.get()
@@ -143,7 +145,7 @@ class Loader:
             self._failure = result
             raise result
         self._batches.slots.release()
-        self._consumed += self._share.global_batch_size
+        self._step += 1
         return result
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from engine.config.load import load
+from engine.config.phases import Position, phases_of
 from engine.data.samples.blend import BlendedOrder
 from engine.data.samples.corpora import TrainingData, open_training, resume_data
 from engine.data.samples.indexed_writer import IndexedWriter
@@ -33,11 +34,14 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def mix(corpora: Path, folder: Path, plan: Plan) -> Path:
-    (first, *later), path = plan.items(), folder / "mix.toml"
+    """A config file with the blend in data.train, and a phase for each change."""
+    (first, *later), path = plan.items(), folder / "run.toml"
     text = "".join(f'[[source]]\nprefix = "{corpora / n}"\nweight = {w}\n' for n, w in zip(NAMES, first[1]) if w >= 0)
+    (folder / "mix.toml").write_text(text)
+    text = f'[data]\ntrain = "{folder / "mix.toml"}"\n'
     for step, weights in later:
         shares = ", ".join(f"{n} = {w}" for n, w in zip(NAMES, weights) if w >= 0)
-        text += f"[[change]]\nstep = {step}\nweights = {{ {shares} }}\n"
+        text += f"[[phase]]\nfrom_step = {step + 1}\nweights = {{ {shares} }}\n"
     path.write_text(text)
     return path
 
@@ -51,11 +55,12 @@ class Run:
         self.read: list[list[tuple[str, int]]] = []  # per step: (source, sample number in it)
 
     def go(self, path: Path, batch: int, until: int) -> TrainingData:
-        values = {"data.train": str(path), "model.vocab_size": "97", "train.seq_len": "32", "train.steps": "50"}
-        cfg = load([], values | {"train.global_batch_size": str(batch)}).config
+        values = {"model.vocab_size": "97", "train.seq_len": "32", "train.steps": "50"}
+        cfg = load([path], values | {"train.global_batch_size": str(batch)}).config
         data = open_training(cfg, None)
         if self.step:
-            data = resume_data(data, cfg, self.step, self.consumed, self.metadata)
+            position = Position(self.step, self.consumed, self.consumed * 32)
+            data = resume_data(data, cfg, phases_of(cfg).resumed(position), self.metadata)
         assert isinstance(data.order, BlendedOrder)
         while self.step < until:
             sources, numbers = data.order.locate(np.arange(self.consumed, self.consumed + batch))
@@ -133,8 +138,8 @@ def test_the_command_keeps_the_step_of_a_change(corpora: Path, tmp_path: Path, w
     path, run = mix(corpora, tmp_path, {0: (1, 0, 0), 3: (0, 1, 0), 5: (0, 0, 1)}), tmp_path / "run"
     for ranks, batch, steps in ((1, 8, 2), (2, 4, 4), (1, 16, 6)):
         options = ("--train.steps", str(steps), "--train.global-batch-size", str(batch))
-        options += ("--lr-schedule.kind", "constant")
-        code, _, err = finish(train(path, run, ranks, *options, commands=warm))
+        options += ("--lr-schedule.kind", "constant", "--config", str(path))
+        code, _, err = finish(train(tmp_path / "mix.toml", run, ranks, *options, commands=warm))
         assert code == 0, err
     losses = [
         {name for name in json.loads(line) if name.startswith("loss_") and name != "loss_scale"}

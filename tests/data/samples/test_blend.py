@@ -18,13 +18,13 @@ from engine.data.samples import blend as blend_module
 from engine.data.samples.blend import (
     MAX_TOTAL,
     BlendedOrder,
-    Phase,
+    BlendPhase,
     SourceAssignment,
     block_state,
     integer_weights,
     smallest_share,
 )
-from engine.data.samples.loader import Loader, RankShare
+from engine.data.samples.loader import Loader
 from engine.data.samples.native_index import select_index
 from engine.data.samples.order import SampleOrder
 from engine.distributed.context import ParallelContext
@@ -35,6 +35,7 @@ from tests.support.cases import MODEL, config, layout_of, micro_batch
 from tests.support.corpora import BUILT, NATIVE, corpus
 from tests.support.errors import raises
 from tests.support.harness import run_ranks
+from tests.support.shares import share_of
 
 EDGE_CASES = [
     [1],
@@ -217,7 +218,7 @@ def two_orders(tmp_path: Path, native: bool | None = None) -> list[SampleOrder]:
     return [SampleOrder(dataset, 8, seed, native=native) for seed, dataset in enumerate(datasets)]
 
 
-PHASES = (Phase(0, (7, 3, 0)), Phase(100, (1, 1, 2)), Phase(160, (0, 0, 1)))
+PHASES = (BlendPhase(0, (7, 3, 0)), BlendPhase(100, (1, 1, 2)), BlendPhase(160, (0, 0, 1)))
 
 
 @pytest.mark.parametrize("native", NATIVE)
@@ -252,13 +253,13 @@ def test_every_source_starts_again_where_another_order_ended(tmp_path: Path) -> 
 
 def test_phases_are_checked(tmp_path: Path) -> None:
     orders = two_orders(tmp_path)
-    for phases in ((), (Phase(1, (1, 1, 1)),), (Phase(0, (1, 1, 1)), Phase(0, (1, 2, 1)))):
+    for phases in ((), (BlendPhase(1, (1, 1, 1)),), (BlendPhase(0, (1, 1, 1)), BlendPhase(0, (1, 2, 1)))):
         with raises(DataError, "samples.blend-phases", 0):
             BlendedOrder(orders, phases)
     with raises(DataError, "samples.blend-weights", 3):
-        BlendedOrder(orders, (Phase(0, (1, 1)),))
+        BlendedOrder(orders, (BlendPhase(0, (1, 1)),))
     with raises(DataError, "samples.blend-lengths"):
-        BlendedOrder([orders[0], SampleOrder(orders[1].dataset, 7, 0)], (Phase(0, (1, 1)),))
+        BlendedOrder([orders[0], SampleOrder(orders[1].dataset, 7, 0)], (BlendPhase(0, (1, 1)),))
     with raises(DataError, "samples.sample-numbers", ">= 0"):
         BlendedOrder(orders, PHASES).gather(np.array([-1]))
 
@@ -269,7 +270,7 @@ def test_the_loader_tells_sources_and_layouts_do_not_matter(tmp_path: Path) -> N
         got: list[int] = []
         for rank in range(size):
             sizes = {"global_batch_size": 12, "micro_batch_size": micro, "data_rank": rank, "data_size": size}
-            with Loader(RankShare(blend, **sizes), start_sample=96) as loader:
+            with Loader(share_of(blend, **sizes, start_sample=96)) as loader:
                 for batch in next(loader):
                     assert batch.sources is not None and batch.sources.dtype == torch.int64
                     got += batch.sources.tolist()
@@ -311,7 +312,7 @@ def test_more_sources_and_samples_than_32_bits_or_int16_hold(tmp_path: Path) -> 
     data = corpus(tmp_path / "c", [5, 9, 2, 30, 4])
     orders = [SampleOrder(data, 6, seed) for seed in range(40_000)]
     weights = tuple(np.random.default_rng(1).integers(1000, 9000, len(orders)).tolist())
-    blend = BlendedOrder(orders, [Phase(0, weights), Phase(2**33, weights[::-1])])
+    blend = BlendedOrder(orders, [BlendPhase(0, weights), BlendPhase(2**33, weights[::-1])])
     samples = np.array([0, 2**31, 2**33 - 1, 2**33, 2**40 + 7], np.int64)
     sources, numbers = blend.locate(samples)
     assert sources.max() > 32_767

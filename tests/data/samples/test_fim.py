@@ -23,7 +23,7 @@ from engine.config.load import load
 from engine.data.samples.corpora import TrainingData, open_training
 from engine.data.samples.fim import FillInTheMiddle, Sentinels
 from engine.data.samples.indexed_writer import IndexedWriter
-from engine.data.samples.loader import Loader, RankShare
+from engine.data.samples.loader import Loader
 from engine.data.samples.special import FAMILIES, check, fill_in_the_middle, sentinels
 from engine.data.samples.transforms import LossMask, SeparateDocuments
 from engine.data.tokenize.tokenizer import END_OF_TEXT, Tokenizer
@@ -35,6 +35,7 @@ from tests.support.cases import config, layout_of
 from tests.support.command import finish, train
 from tests.support.errors import raises
 from tests.support.harness import run_ranks
+from tests.support.shares import share_of
 
 SPECIAL = (END_OF_TEXT, *FAMILIES[0])
 CODE = [f"def f{i}(x):\n    return x + {i}  # naïve\n\n\nclass A{i}:\n\tpass" for i in range(40)]
@@ -209,7 +210,7 @@ def test_rows_keep_their_length_and_the_filling_does_not_count() -> None:
     mask = LossMask(after=(eod,), labels=(fim.sentinels.middle,))
     transforms = fim, SeparateDocuments(eod), mask
     sizes = {"global_batch_size": 3, "micro_batch_size": 3, "data_rank": 0, "data_size": 1}
-    with Loader(RankShare(Order(), **sizes, transforms=transforms)) as loader:
+    with Loader(share_of(Order(), **sizes, transforms=transforms)) as loader:
         (batch,) = next(loader)
     whole = torch.cat((batch.tokens, batch.labels[:, -1:]), 1)
     assert np.array_equal(whole.numpy(), changed.rows)
@@ -280,7 +281,7 @@ def test_layout_and_restarts_do_not_change_it(corpora: Path) -> None:
         out: list[Any] = [[] for _ in range(steps)]
         for rank in range(data_size):
             sizes = {"global_batch_size": 12, "micro_batch_size": micro, "data_rank": rank, "data_size": data_size}
-            with Loader(RankShare(data.order, **sizes, transforms=data.transforms), start_sample=begin) as loader:
+            with Loader(share_of(data.order, **sizes, transforms=data.transforms, start_sample=begin)) as loader:
                 for step in range(steps):
                     out[step] += [row for batch in next(loader) for row in batch.labels.tolist()]
         return out
@@ -337,7 +338,7 @@ def test_two_data_ranks_learn_as_one(corpora: Path) -> None:
         def job(ctx: ParallelContext) -> float:
             data = open_training(cfg, tokenizer_of("bpe"))
             sizes = {"global_batch_size": 4, "micro_batch_size": 1, "data_rank": ctx.data.rank, "data_size": world}
-            with Loader(RankShare(data.order, **sizes, transforms=data.transforms)) as loader:
+            with Loader(share_of(data.order, **sizes, transforms=data.transforms)) as loader:
                 return train_step(setup(cfg, ctx), next(loader)).loss
 
         return float(run_ranks(layout_of(cfg), job)[0])

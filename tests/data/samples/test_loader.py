@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from engine.data.samples.loader import Loader, RankShare
+from engine.data.samples.loader import Loader
 from engine.data.samples.order import SampleOrder
 from engine.errors import DataError
 from tests.support.corpora import corpus
 from tests.support.errors import raises
+from tests.support.shares import share_of
 
 
 def batches(order: SampleOrder, steps: int, micro: int, data_size: int, start: int = 0) -> list[list[list[int]]]:
@@ -25,7 +26,7 @@ def batches(order: SampleOrder, steps: int, micro: int, data_size: int, start: i
     numbers: list[list[int]] = [[] for _ in range(steps)]
     for rank in range(data_size):
         sizes = {"global_batch_size": 12, "micro_batch_size": micro, "data_rank": rank, "data_size": data_size}
-        with Loader(RankShare(order, **sizes), start_sample=start) as loader:
+        with Loader(share_of(order, **sizes, start_sample=start)) as loader:
             for step in range(steps):
                 for batch in next(loader):
                     assert batch.tokens.shape == batch.labels.shape == batch.weights.shape == (micro, order.seq_len)
@@ -48,7 +49,7 @@ def test_layout_and_restarts_do_not_change_the_samples(tmp_path: Path) -> None:
 
 
 def loader_of(order: Any, prefetch: int = 2) -> Loader:
-    return Loader(RankShare(order, 2, 1, data_rank=0, data_size=1), prefetch=prefetch)
+    return Loader(share_of(order, 2, 1, data_rank=0, data_size=1), prefetch=prefetch)
 
 
 class FakeOrder:
@@ -82,7 +83,7 @@ class FakeOrder:
 )
 def test_sizes_that_do_not_fit_are_rejected(sizes: tuple[int, int, int, int], code: str) -> None:
     with raises(DataError, code):
-        Loader(RankShare(FakeOrder(), *sizes))
+        Loader(share_of(FakeOrder(), *sizes))
 
 
 def test_prefetch_errors_surface_in_their_place() -> None:

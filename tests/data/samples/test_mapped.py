@@ -15,12 +15,13 @@ import pytest
 
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.indexed_writer import IndexedWriter
-from engine.data.samples.loader import Loader, RankShare
+from engine.data.samples.loader import Loader
 from engine.data.samples.mapped import MappedFile
 from engine.data.samples.native_index import native_index
 from engine.data.samples.order import SampleOrder
 from engine.errors import DataError
 from tests.support.errors import raises
+from tests.support.shares import share_of
 
 BUILT = importlib.util.find_spec("engine._index") is not None
 needs_extension = pytest.mark.skipif(not BUILT, reason="engine._index is not built")
@@ -47,7 +48,7 @@ def test_truncated_while_training(data: IndexedDataset, suffix: str, kept: int) 
     """By whole pages (SIGBUS without the guard) and within the last one (zeros that look like tokens)."""
     order = SampleOrder(data, 32, 0)
     before = everything(order)
-    loader = Loader(RankShare(order, 8, 8, data_rank=0, data_size=1))
+    loader = Loader(share_of(order, 8, 8, data_rank=0, data_size=1))
     next(loader)
     path = Path(f"{data.prefix}.{suffix}")
     whole = path.read_bytes()

@@ -25,8 +25,8 @@ BALANCED = "balanced"  # parallel.layers, before it is resolved
 class Derived:
     """Values derived from a resolved config.
 
-    plans: number of micro-batches -> checked actions of each pipeline rank in a step, for every phase. All place the
-    stages alike. layers: number of blocks of each pipeline stage, in order.
+    plans: number of micro-batches -> checked actions of each pipeline rank in a step, for every phase. The
+    placement of the stages is the same in all. layers: number of blocks of each pipeline stage, in order.
     """
 
     layout: Layout

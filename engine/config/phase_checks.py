@@ -37,7 +37,7 @@ def _order_errors(cfg: Config) -> Iterator[FieldError]:
             problem, fix = f"is not after phase {number - 1}, which begins at step {before}", "Order phases by step."
             yield FieldError("config.phases-not-ascending", path, row.from_step, problem, fix)
         if all(value is None for name, value in row.model_dump().items() if name != "from_step"):
-            problem = "gives no value besides from_step"
+            problem = "gives only from_step"
             yield FieldError("config.without-effect", f"phase.{number}", row.from_step, problem, "Leave the phase out.")
         before = max(before, row.from_step or 0)
 

@@ -61,8 +61,8 @@ class Position:
 class Phases:
     """The phases of a run in order; the first one holds from step 1.
 
-    origin: position from which consumption is counted. A run that resumes continues at its checkpoint's, whatever the
-    batch sizes of its past were.
+    origin: position from which consumption is counted. A run that resumes continues at its checkpoint's, for any batch
+    sizes of its past.
     """
 
     phases: tuple[Phase, ...]

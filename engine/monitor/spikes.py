@@ -4,7 +4,7 @@ A value is a spike if it exceeds the median of the last WINDOW normal values by 
 times the median absolute deviation) and by more than a tenth of the median (loss) or nine times the median (norm). With
 fewer than FEW values, it must exceed the median by half of it plus 0.5 (norm: nine times it plus 10). Spikes are not
 added to the normal values, so a loss that stays high stays a spike. Where a phase changes the data (the weights of a
-blend), the normal values begin anew. A spike is over after CALM steps in a row without
+blend), the normal values start again. A spike is over after CALM steps in a row without
 one. Until then RUN/spike.json records it, and `checkpoint.keep` does not delete the last checkpoint before it, also
 over restarts. After a restart the normal values are read from metrics.jsonl. Runs on one rank only.
 """

@@ -104,8 +104,8 @@ MUTATIONS = [
         "skipped_update_counted_by_adam",
         "a skipped step advances the bias correction (OLMo-core's SkipStep)",
         "engine.train.step:train_step",
-        "advance_counters(state)",
-        "state.optimizer.steps += not finite\nadvance_counters(state)",
+        "state.step += 1",
+        "state.optimizer.steps += not finite\nstate.step += 1",
         OVERFLOW,
     ),
     Mutation(
@@ -115,7 +115,7 @@ MUTATIONS = [
         "state.step + 1",
         "state.optimizer.steps + 1",
         OVERFLOW,
-        nth=(2, 2),
+        nth=(3, 3),
     ),
     Mutation(
         "moments_not_loaded",
@@ -148,7 +148,7 @@ MUTATIONS = [
         "state.step + 1",
         'state.step + 1 - state.__dict__.setdefault("begun", state.step)',
         RESUME,
-        nth=(2, 2),
+        nth=(3, 3),
     ),
     Mutation(
         "update_overtakes_the_copy",

@@ -144,6 +144,9 @@ def _position_errors(m: ModelConfig) -> Iterator[FieldError]:
 
 def _window_errors(m: ModelConfig) -> Iterator[FieldError]:
     path, pattern = "model.window_layers", m.window_layers
+    if m.window >= m.max_seq_len:
+        problem = f"covers all of model.max_seq_len = {m.max_seq_len}, so it has no effect"
+        yield FieldError("config.without-effect", "model.window", m.window, problem, "Leave it out.")
     if not pattern:
         return
     if not m.window:

@@ -149,6 +149,13 @@ ERROR_CASES: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
         "config.rope-bounds-crossed",
         "model.rope_beta_fast 32 1",
     ),
+    "window of the whole context": (
+        {"model.window": 2048},
+        1,
+        "model.window",
+        "config.without-effect",
+        "model.max_seq_len 2048",
+    ),
     "window pattern alone": (
         {"model.window_layers": "wf"},
         1,

@@ -51,6 +51,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "config.idle",
         "planner",
         "interop.huggingface.config_json",
+        "interop.huggingface.windows",
     ),
     ("config.load",),
     ("cli.schedule_pages",),

@@ -148,12 +148,13 @@ def _head(session: Session) -> None:
     x = session.randn(z.tokens, 1, z.hidden, grad=True)
     labels = torch.randint(z.vocab, (1, z.tokens), device=session.device)
     weights = torch.full_like(labels, 1e-4, dtype=torch.float32)
+    sequence = Sequence.of_rows(z.tokens, device=session.device)
 
     def forget() -> None:
         x.grad = weight.grad = gain.grad = None
 
     def ours() -> None:
-        model(x, labels, weights).sum().backward()
+        model(x, labels, weights, sequence).sum().backward()
         forget()
 
     def peer() -> None:

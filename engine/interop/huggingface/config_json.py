@@ -15,9 +15,16 @@ from engine.config.derived import head_shape
 from engine.errors import CheckpointError, ConfigError, FieldError, format_value, truncate
 from engine.interop.huggingface import families
 from engine.interop.huggingface.families import FAMILIES, ConfigKey, Family
+from engine.interop.huggingface.windows import (
+    Fields,
+    letters_of,
+    read_window,
+    shortest_pattern,
+    unsupported_layer_types,
+    window_keys,
+)
 from engine.util.files import SEALED, read_json
 
-Fields = dict[str, Any]
 _CANNOT_COMPUTE = "The engine cannot compute this model."
 _IGNORE = "If the key has no effect in this model: engine import --ignore-key"
 _MAX_JSON_BYTES = 64 << 20  # of a JSON file; the index of a model with 10^5 tensors has about 10 MB
@@ -55,7 +62,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def read_config(path: Path, max_seq_len: int | None = None, ignore: Sequence[str] = ()) -> ParsedConfig:
     """Read the model that a config.json describes. Raises ConfigError with every setting that is not supported.
 
-    max_seq_len: of the model, if shorter than the folder's; a sliding window may then have no effect.
+    max_seq_len: of the model, if shorter than the folder's; a sliding window may then have no effect and is omitted.
     ignore: keys to treat as absent (sliding_window: as null), because the caller knows that they have no effect.
     """
     raw = _drop_ignored(read_json_object(path), ignore, path)
@@ -74,9 +81,11 @@ def read_config(path: Path, max_seq_len: int | None = None, ignore: Sequence[str
     if fields.get("rope_scaling") in ("llama3", "yarn"):
         fields.setdefault("rope_original_seq_len", fields.get("max_seq_len", 0))
     fields["max_seq_len"] = max_seq_len or fields.get("max_seq_len", 0)
-    wrong += rope_wrong + list(_key_errors(raw, family, fields["max_seq_len"]))
+    wrong += rope_wrong + list(_key_errors(raw, family))
+    window_fields, window_errors = read_window(raw, family, fields, path)
+    fields |= window_fields
     errors = [replace(e, path=f"{path}: {e.path}", value=raw.get(e.path), fix=_fix(e.path, family)) for e in wrong]
-    if errors := errors + _window_errors(raw, family, fields, path):
+    if errors := errors + window_errors:
         raise ConfigError(errors)
     notes += [f"{key} {raw[key]}: the engine trains without dropout" for key in family.dropouts if raw.get(key)]
     if "auto_map" in raw:
@@ -151,13 +160,13 @@ def _fix(key: str, family: Family) -> str:
     return f"{_CANNOT_COMPUTE} {_IGNORE} {key}"
 
 
-def _key_errors(raw: Mapping[str, Any], family: Family, longest: int) -> Iterator[FieldError]:
+def _key_errors(raw: Mapping[str, Any], family: Family) -> Iterator[FieldError]:
     """Errors for keys that change the model and are not among the family's config_keys."""
     fixed, known = fixed_keys(family), known_keys(family)
     for key, value in raw.items():
         if key == "layer_types" and isinstance(value, list):
-            if kinds := _unsupported_layer_types(raw, family, longest):
-                problem = f"the engine has full attention only, not {truncate(', '.join(kinds))}"
+            if kinds := unsupported_layer_types(raw, family):
+                problem = f"{family.architecture} has no {truncate(', '.join(kinds))} here"
                 yield FieldError("interop.attention-not-supported", key, value, problem, "")
         elif key in fixed:
             if value not in fixed[key]:
@@ -270,43 +279,14 @@ def _number_errors(fields: Fields) -> list[FieldError]:
     ]
 
 
-def _window_errors(raw: Mapping[str, Any], family: Family, fields: Fields, path: Path) -> list[FieldError]:
-    """Errors if transformers would apply a sliding window that is shorter than the context."""
-    window, longest = raw.get("sliding_window", family.window), fields["max_seq_len"]
-    if not family.windowed or window is None:
-        return []
-    if family.window_switch:
-        if not raw.get(family.window_switch):
-            return []
-        layers, first = fields.get("num_layers", 0), raw.get("max_window_layers", 28)
-        if raw.get("layer_types") is None and isinstance(first, int) and first >= layers:
-            return []  # only layers from max_window_layers on have a window
-        if isinstance(raw.get("layer_types"), list) and "sliding_attention" not in raw["layer_types"]:
-            return []
-    if type(window) is int and window >= longest:
-        return []  # the window covers the whole context
-    problem = f"is less than the context of {longest}, and the engine attends to all of it"
-    fix = f"Up to {window} tokens the model is the same: use max_seq_len {window}."
-    fix += f" {_IGNORE} sliding_window"
-    return [FieldError("interop.window-not-supported", f"{path}: sliding_window", window, problem, fix)]
-
-
-def _unsupported_layer_types(raw: Mapping[str, Any], family: Family, longest: int) -> list[str]:
-    """Layer types that the engine does not support. A window that covers the whole context counts as full attention."""
-    window = raw.get("sliding_window", family.window)
-    no_effect = family.windowed and type(window) is int and window >= longest
-    if family.window_switch and not raw.get(family.window_switch):
-        no_effect = False  # transformers then has no window, which such a layer needs
-    kinds = {str(kind) for kind in raw["layer_types"]} - {"full_attention"}
-    return sorted(kinds - ({"sliding_attention"} if no_effect else set()))
-
-
 def write_config(fields: Fields, defaults: Fields, prefer: Sequence[str] = ()) -> tuple[Family, dict[str, Any]]:
     """(family, config.json) that describe exactly the model with `fields`, all of ModelConfig's except the preset.
 
     defaults: of ModelConfig. prefer: model types to try first. Raises CheckpointError if no family fits.
     """
     order = [FAMILIES[name] for name in dict.fromkeys((*prefer, *FAMILIES)) if name in FAMILIES]
+    if fields["window"]:
+        fields = fields | {"window_layers": shortest_pattern(letters_of(fields))}
     lacking: list[tuple[list[str], Family]] = []
     for family in order:
         config = _build_config(fields, family)
@@ -314,6 +294,7 @@ def write_config(fields: Fields, defaults: Fields, prefer: Sequence[str] = ()) -
         for key, entry in family.config_keys.items():
             read_back |= _read_field(config, key, entry, read_back)
         read_back |= head_shape(read_back)
+        read_back |= read_window(config, family, read_back, Path("config.json"))[0]
         differing = [name for name, value in fields.items() if read_back[name] != value]
         if not differing:
             return family, config
@@ -347,11 +328,7 @@ def _build_config(fields: Fields, family: Family) -> dict[str, Any]:
         config["rope_parameters"] = named | inner | scaling
         if kind != "none":
             config["rope_scaling"] = named | inner | scaling
-    if family.windowed:
-        config["sliding_window"] = None
-    if family.window_switch:
-        config[family.window_switch] = False
-    return config
+    return config | window_keys(fields, family)
 
 
 def rope_forms(fields: Fields, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -90,21 +90,22 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "rope-entry-unknown",
         ("partial_rotary_factor 0.5",),
     ),
-    "window": (
-        {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 32},
-        "window-not-supported",
-        ("sliding_window = 32", "max_seq_len 32"),
+    "window as text": (
+        {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": "32"},
+        "window-malformed",
+        ("sliding_window = '32'", "is not a number"),
     ),
-    "window by default": (
-        {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "max_position_embeddings": 8192},
-        "window-not-supported",
-        ("sliding_window = 4096", 8192),
-    ),
-    "window switched on": (
+    "window of too few layers": (
         {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 4}
-        | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-        "window-not-supported",
-        ("sliding_window = 8", 64),
+        | {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"]},
+        "window-malformed",
+        ("sliding_window = 8", "layer_types of 2 layers"),
+    ),
+    "window from no layer on": (
+        {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 4}
+        | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": "1"},
+        "window-malformed",
+        ("sliding_window = 8", "max_window_layers"),
     ),
     "layers of two kinds": (
         {"layer_types": ["full_attention", "sliding_attention"]},

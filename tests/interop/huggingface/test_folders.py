@@ -238,18 +238,18 @@ EFFECTIVE: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
     ("qwen2", {"use_sliding_window": True, "max_position_embeddings": 8192, "max_window_layers": 0}),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"] * 2}),
-    ("mistral", {"sliding_window": "8"}),
 ]
 
 
 @pytest.mark.parametrize(("kind", "words"), NO_EFFECT + EFFECTIVE, ids=str)
-def test_windows_without_effect_are_accepted(tmp_path: Path, kind: str, words: dict[str, Any]) -> None:
+def test_windows_are_read_if_they_have_an_effect(tmp_path: Path, kind: str, words: dict[str, Any]) -> None:
     raw = sized(kind) | {"num_key_value_heads": 4} | words
     if (kind, words) in EFFECTIVE:
-        with raises(ConfigError, "interop.window-not-supported", "sliding_window"):
-            read(tmp_path, raw)
+        fields = read(tmp_path, raw).model_fields
+        assert fields["window"] == words.get("sliding_window", 4096)
+        assert fields["window_layers"] == ("fw" if words.get("max_window_layers") else "")
         return
-    read(tmp_path, raw)
+    assert "window" not in read(tmp_path, raw).model_fields
     raw |= {"head_dim": 8, "pad_token_id": None}
     model = transformers.AutoModelForCausalLM.from_config(transformers.CONFIG_MAPPING[kind].from_dict(dict(raw)))
     with torch.no_grad():  # the last position attends to the first

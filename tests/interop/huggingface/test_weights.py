@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from engine.batch import Sequence
 from engine.checkpoint.format import read_manifest, verify_all
 from engine.checkpoint.load import Reader
 from engine.config.load import load
@@ -25,7 +26,7 @@ from engine.errors import CheckpointError
 from engine.inference.compare import compare_with_transformers
 from engine.inference.load import load_model
 from engine.interop.convert import export, import_folder
-from engine.interop.huggingface.companions import copy_companions
+from engine.interop.huggingface.companions import COMPANIONS_DIR, copy_companions
 from engine.interop.huggingface.weights import HfReader
 from engine.model.transformer import StageShape, Transformer
 from engine.optim.update_rules import MODEL
@@ -62,7 +63,7 @@ def test_import_gives_transformers_logits_and_gradients(tmp_path: Path, name: st
     assert float(expected.abs().max()) > 0.1
 
     labels, mask = TOKENS.roll(-1, 1), torch.rand(TOKENS.shape) < 0.7
-    ours(TOKENS, labels, mask).sum().backward()
+    ours(TOKENS, labels, mask, Sequence.of_rows(TOKENS.shape[1])).sum().backward()
     losses = torch.nn.functional.cross_entropy(theirs(TOKENS).logits.transpose(1, 2), labels, reduction="none")
     (losses * mask).sum().backward()
     grads = {piece.name: piece_of(piece, p.grad) for p in parameters(ours) for piece in p.spec.pieces(ours.ctx)}
@@ -221,6 +222,42 @@ def test_a_shorter_context_makes_a_sliding_window_idle(tmp_path: Path) -> None:
     with torch.no_grad():
         difference = load_model(tmp_path / "run").logits(TOKENS[:, :16]) - theirs(TOKENS[:, :16]).logits
     assert float(difference.abs().max()) < 1e-5
+
+
+WINDOWS = [
+    ("mistral", {"sliding_window": 5}, (5, "")),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}, (6, "fw")),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["sliding_attention"] * 2}, (4, "")),
+    (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
+        (3, "wf"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "expected"), WINDOWS, ids=str)
+def test_sliding_windows_are_those_of_transformers(
+    tmp_path: Path, name: str, change: dict[str, Any], expected: tuple[int, str]
+) -> None:
+    """Import, and export with and without the folder's own config.json: the same logits as transformers."""
+    full = save(name, tmp_path / "hf")
+    file = tmp_path / "hf/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"layer_types": None} | change))
+    folder, _ = import_folder(tmp_path / "hf", tmp_path / "run")
+    ours = load_model(tmp_path / "run")
+    assert (ours.cfg.window, ours.cfg.window_layers) == expected
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
+    with torch.no_grad():
+        found, wanted = ours.logits(TOKENS), theirs(TOKENS).logits
+        assert float((found - wanted).abs().max()) < 1e-5 < float((full(TOKENS).logits - wanted).abs().max())
+    for origin in (True, False):
+        if not origin:
+            (tmp_path / "run" / COMPANIONS_DIR / "config.json").unlink()
+        export(folder, tmp_path / f"out{origin}", dtype=None, tokenizer=None, eod=None)
+        back = AutoModelForCausalLM.from_pretrained(tmp_path / f"out{origin}", attn_implementation="eager")
+        with torch.no_grad():
+            assert torch.equal(back(TOKENS).logits, wanted)
 
 
 def test_embeddings_are_scaled_as_gemma_rounds_them() -> None:

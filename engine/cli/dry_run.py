@@ -15,14 +15,12 @@ from engine.config.mixture import read_mixture
 from engine.config.phases import Phase
 from engine.config.schema import Config, fields
 from engine.config.tree import value_at
-from engine.distributed.context import make_context
 from engine.distributed.layout import Coords
-from engine.model.transformer import build_stages, num_parameters, parameter_specs
+from engine.model.build import num_parameters, parameter_specs, stage_shapes
 from engine.optim.groups import ParameterGroup, group_of
-from engine.optim.precision import PRECISIONS
 from engine.pipeline.simulate import peak_memory, simulate
 from engine.planner.flops import flops_per_token, uneven_pipeline
-from engine.planner.memory import bytes_per_parameter
+from engine.planner.memory import activation_bytes, bytes_per_parameter, specs_per_rank
 
 _MAX_GRID_RANKS = 64
 
@@ -123,23 +121,23 @@ def _data_status(cfg: Config) -> Iterator[str]:
 
 
 def _stages(resolved: Resolved) -> Table:
-    cfg, layout = resolved.config, resolved.derived.layout
-    dtype = PRECISIONS[cfg.train.precision].compute
-    table = Table("ranks", "stages", "parameters per rank", "weights, gradients and optimizer", title="Layout")
+    cfg, derived = resolved.config, resolved.derived
+    layout, shapes = derived.layout, stage_shapes(derived.layers)
+    columns = ("ranks", "stages", "parameters per rank", "weights, gradients and optimizer", "activations")
+    table = Table(*columns, title="Layout")
     table.title_justify = "left"
-    for rank in range(layout.pipeline):
+    activations = activation_bytes(cfg, derived)
+    for rank, specs in enumerate(specs_per_rank(cfg, derived)):
         first = layout.rank(Coords(rank, 0, 0, 0))
         last = first + layout.world // layout.pipeline - 1
-        ctx = make_context(layout, first, dtype=dtype, device="meta")
-        count, size, texts = 0, 0.0, []
-        for _, model, params in build_stages(cfg, ctx, resolved.derived):
-            shape = model.shape
-            count += sum(p.numel() for p in params)
-            groups = ((p.numel(), group_of(p.spec, cfg.optimizer)) for p in params)
-            size += sum(n * bytes_per_parameter(cfg, layout.data, group) for n, group in groups)
+        texts = []
+        for shape in (shapes[stage] for stage in derived.first_plan.stages_of(rank)):
             layers = f"layers {shape.layers.start}..{shape.layers.stop - 1}" if shape.layers else "no layers"
             texts.append(("embedding, " if shape.first else "") + layers + (", head" if shape.last else ""))
-        table.add_row(f"{first}..{last}", "; ".join(texts), f"{count:,}", f"{size / 2**30:,.3f} GiB")
+        counts = {spec: math.prod(spec.local_shape()) for spec in specs}
+        size = sum(n * bytes_per_parameter(cfg, layout.data, group_of(s, cfg.optimizer)) for s, n in counts.items())
+        sizes = (f"{x / 2**30:,.3f} GiB" for x in (size, activations[rank]))
+        table.add_row(f"{first}..{last}", "; ".join(texts), f"{sum(counts.values()):,}", *sizes)
     return table
 
 

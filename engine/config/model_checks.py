@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from engine.config.derived import with_heads
 from engine.config.schema import Config, ModelConfig
 from engine.errors import FieldError
+from engine.model.build import MODELS
 
 
 def multiples_near(value: int, divisor: int) -> str:
@@ -19,6 +20,9 @@ def model_errors(cfg: Config) -> Iterator[FieldError]:
     """All errors between the values of a model, and between these and parallel.tensor."""
     m = with_heads(cfg.model)
     kv = m.num_kv_heads
+    if m.type not in MODELS:
+        problem = "is not a model type"
+        yield FieldError("config.model-type-unknown", "model.type", m.type, problem, f"Use {' or '.join(MODELS)}.")
     if m.num_heads % kv:
         nearest = max(d for d in range(1, m.num_heads + 1) if m.num_heads % d == 0 and d <= kv)
         yield FieldError(

@@ -33,6 +33,8 @@ class ModelConfig(Section):
 
     preset: str = ""
     """published model shape to start from; other model.* values override it"""
+    type: str = "decoder"
+    """model type; decoder: a Transformer that predicts the next token"""
     vocab_size: int = Field(4096, ge=1)
     """rows of the embedding matrix: the tokenizer's vocabulary size or more (ranks pad internally)"""
     hidden_size: int = Field(256, ge=1)
@@ -126,10 +128,13 @@ class LayerConfig:
     """A view of one layer of a model; `ModelConfig.layer` makes it, and the layer's modules read it.
 
     model: the settings that all layers share. index: the layer's number in the whole model, from 0.
+    mixer, feed_forward: its two sublayers, by their names in engine.model.build.
     """
 
     model: ModelConfig
     index: int
+    mixer: str = "attention"
+    feed_forward: str = "mlp"
 
     @property
     def window(self) -> int:

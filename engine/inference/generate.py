@@ -12,12 +12,12 @@ import torch
 
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import ConfigError, FieldError
-from engine.model.transformer import Transformer
+from engine.model.layers import ModelPart
 from engine.ops.draws import Key, rectangle, uniform
 
 
 def sample(
-    model: Transformer,
+    model: ModelPart,
     tokenizer: Tokenizer,
     prompt: str,
     *,

@@ -16,8 +16,9 @@ from engine.distributed.context import ParallelContext, make_context
 from engine.distributed.layout import Layout
 from engine.distributed.sharding import parameters
 from engine.errors import CheckpointError
-from engine.model.layers import ComputeBackends
-from engine.model.transformer import Transformer, stage_shapes
+from engine.model.build import stage_shapes
+from engine.model.layers import Build, ComputeBackends, ModelPart
+from engine.model.stages import build_part
 from engine.optim.optimizer import StateShard
 from engine.optim.precision import PRECISIONS
 from engine.optim.update_rules import MODEL
@@ -52,16 +53,16 @@ def config_of(
     return config.model_copy(update={"parallel": parallel, "train": train, "phase": ()})
 
 
-def load_stage(checkpoint: Path, cfg: Config, ctx: ParallelContext, storage: Storage = DISK) -> Transformer:
+def load_stage(checkpoint: Path, cfg: Config, ctx: ParallelContext, storage: Storage = DISK) -> ModelPart:
     """Load this rank's stage of the model from a checkpoint, without optimizer state. Collective."""
-    backends = ComputeBackends(documents=cfg.data.separate_documents)
-    model = Transformer(cfg.model, ctx, stage_shapes(layers_per_stage(cfg))[ctx.pipeline.rank], backends=backends)
+    build = Build(ctx, backends=ComputeBackends(documents=cfg.data.separate_documents))
+    model = build_part(cfg.model, build, stage_shapes(layers_per_stage(cfg))[ctx.pipeline.rank])
     with Reader(find_checkpoint(checkpoint, storage), storage) as reader:
         load_into(reader, (StateShard(MODEL, p, 0, p.data.view(-1)) for p in parameters(model)), ctx)
     return model
 
 
-def load_model(checkpoint: Path, storage: Storage = DISK) -> Transformer:
+def load_model(checkpoint: Path, storage: Storage = DISK) -> ModelPart:
     """Load the whole model on this process, on the CPU, in the precision it was trained in."""
     cfg = config_of(checkpoint, storage)
     dtype = PRECISIONS[cfg.train.precision].compute

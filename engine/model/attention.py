@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,8 +10,9 @@ from torch import Tensor, nn
 from engine.batch import Sequence
 from engine.config.schema import Config, LayerConfig
 from engine.distributed.context import ParallelContext
-from engine.distributed.specs import Chunk, Cut
-from engine.model.layers import ColumnLinear, ComputeBackends, Norm, RowLinear, ShardedRMSNorm
+from engine.model.build import layers_of
+from engine.model.declarations import AttentionSpecs
+from engine.model.layers import Build, ColumnLinear, Norm, RowLinear, ShardedRMSNorm
 from engine.ops.attention import attention_case, select_core, select_implementation
 from engine.ops.linear import RecomputeRecipe
 from engine.ops.recompute import recompute
@@ -23,7 +23,7 @@ def attention_names(cfg: Config, ctx: ParallelContext) -> tuple[str, ...]:
     """The attention implementations that the layers use on this rank, each once. ConfigError if one cannot run."""
     cases = (
         attention_case(ctx.device, ctx.dtype, cfg.model.head_dim, documents=cfg.data.separate_documents, window=window)
-        for window in dict.fromkeys(cfg.model.layer(i).window for i in range(cfg.model.num_layers))
+        for window in dict.fromkeys(layer.window for layer in layers_of(cfg.model))
     )
     return tuple(dict.fromkeys(select_implementation(cfg.train.attention, case) for case in cases))
 
@@ -31,46 +31,23 @@ def attention_names(cfg: Config, ctx: ParallelContext) -> tuple[str, ...]:
 class Attention(nn.Module):
     """Self-attention: fused q|k|v projection, QK-norms if configured, RoPE, attention core, output projection.
 
-    With fewer KV heads than tensor ranks, the ranks that share a KV head hold replicas of its weights. Each replica
-    gets only the gradient of its local query heads, so the k and v chunks are summed over these ranks.
+    [s, b, h] -> [s, b, h].
     """
 
-    def __init__(
-        self,
-        layer: LayerConfig,
-        ctx: ParallelContext,
-        name: str,
-        out_std: float,
-        keep_gathered: bool,
-        backends: ComputeBackends,
-    ):
+    def __init__(self, layer: LayerConfig, build: Build, name: str):
         super().__init__()
-        cfg = layer.model
-        t, d, h, matmul = ctx.tensor.size, cfg.head_dim, cfg.hidden_size, backends.matmul
-        kv_parts = min(cfg.num_kv_heads, t)
-        self.n, self.m, self.d = cfg.num_heads // t, cfg.num_kv_heads // kv_parts, d
-        kv = (cfg.num_kv_heads * d, h), (Cut(0, kv_parts),), (f"tensor/{kv_parts}",)
-        chunks = (
-            Chunk(f"{name}.q.weight", (cfg.num_heads * d, h), (Cut(0, t),)),
-            Chunk(f"{name}.k.weight", *kv),
-            Chunk(f"{name}.v.weight", *kv),
-        )
-        self.qkv = ColumnLinear(chunks, cfg.init_std, ctx, keep_gathered, matmul, cfg.qkv_bias)
-        bias = cfg.attention_out_bias
-        self.out = RowLinear(f"{name}.out.weight", cfg.num_heads * d, h, out_std, ctx, matmul, bias)
-        case = attention_case(ctx.device, ctx.dtype, d, documents=backends.documents, window=layer.window)
+        cfg, ctx, backends, specs = layer.model, build.ctx, build.backends, AttentionSpecs.of(layer, build.tensor, name)
+        t = ctx.tensor.size
+        self.n, self.m, self.d = cfg.num_heads // t, max(1, cfg.num_kv_heads // t), cfg.head_dim
+        self.qkv, self.out = ColumnLinear(specs.qkv, build), RowLinear(specs.out, build)
+        case = attention_case(ctx.device, ctx.dtype, self.d, documents=backends.documents, window=layer.window)
         self.window, self.attend = layer.window, select_core(backends.attention, case)
         self.rope, self.split_and_rope = backends.fuse(rope), backends.fuse(split_and_rope)
         self.head_norms = self.projection_norms = None
         if cfg.qk_norm and cfg.qk_norm_span == "head":
-            self.head_norms = nn.ModuleList(
-                Norm(f"{name}.{part}_norm", d, cfg, ctx, backends, sum_over="tensor") for part in "qk"
-            )
+            self.head_norms = nn.ModuleList(Norm(norm, cfg, build) for norm in specs.qk_norms)
         elif cfg.qk_norm:
-            self.projection_norms = nn.ModuleList(
-                ShardedRMSNorm(replace(chunk, name=f"{name}.{part}_norm.weight", shape=chunk.shape[:1]), cfg, ctx)
-                for part, chunk in zip("qk", chunks)
-            )
+            self.projection_norms = nn.ModuleList(ShardedRMSNorm(norm.weight, cfg, ctx) for norm in specs.qk_norms)
 
     def forward(
         self, x: Tensor, rope_table: Tensor, sequence: Sequence, recipe: RecomputeRecipe | None = None

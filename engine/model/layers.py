@@ -12,6 +12,7 @@ collectives of both axes and never branch on the mode.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,30 +26,14 @@ from engine.config.schema import ModelConfig
 from engine.distributed.collectives import all_gather, reduce_partial_sums
 from engine.distributed.context import ParallelContext
 from engine.distributed.sharding import Parameter, new_parameter
-from engine.distributed.specs import Chunk, Cut, Role, ShardSpec
+from engine.distributed.specs import ShardSpec
+from engine.model.build import StageShape
+from engine.model.declarations import NO_RECOMPUTE, RecomputePolicy, WeightSpecs
 from engine.ops.embedding import embedding
 from engine.ops.linear import RecomputeRecipe, linear
 from engine.ops.loss import VocabSlice, linear_cross_entropy
 from engine.ops.matmul import PLAIN_MATMUL, MatmulBackend
 from engine.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, sharded_rms_norm
-
-
-@dataclass(frozen=True)
-class RecomputePolicy:
-    """Activation recomputation: which activations a block saves for the backward (docs/training.md has the bytes).
-
-    recompute: "none"; "selective" recomputes norms, activation functions and the attention core; "full" recomputes the
-    whole block from its input. layers: recompute in this many blocks of a stage, the first ones; 0: in all.
-    keep_gathered: under sequence parallelism, save the gathered input of column-parallel matmuls, not the local shard.
-    """
-
-    recompute: str = "none"
-    layers: int = 0
-    keep_gathered: bool = False
-
-    def mode_of(self, index: int) -> str:
-        """The recompute mode of the block at position `index` of its stage: "none", "selective" or "full"."""
-        return self.recompute if not self.layers or index < self.layers else "none"
 
 
 def _identity(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -70,34 +55,65 @@ class ComputeBackends:
     fuse: Callable[[Callable[..., Any]], Callable[..., Any]] = _identity
 
 
-def bias_of(chunk: Chunk) -> Chunk:
-    """The bias chunk of a weight chunk: named `...bias`, sharded and summed the same way as its rows."""
-    return replace(chunk, name=chunk.name.removesuffix("weight") + "bias", shape=chunk.shape[:1])
+DEFAULT_BACKENDS = ComputeBackends()
+
+
+@dataclass(frozen=True)
+class Build:
+    """What the modules of a stage are built with, in addition to their own settings and specs.
+
+    recompute: mode of the block that is being built (RecomputePolicy.mode_of).
+    """
+
+    ctx: ParallelContext
+    policy: RecomputePolicy = NO_RECOMPUTE
+    backends: ComputeBackends = DEFAULT_BACKENDS
+    recompute: str = "none"
+
+    @property
+    def tensor(self) -> int:
+        """Number of tensor ranks, across which the declarations shard."""
+        return self.ctx.tensor.size
+
+    def of_block(self, index: int) -> Build:
+        """For the block at position `index` of its stage."""
+        return replace(self, recompute=self.policy.mode_of(index))
+
+    def parameters(self, specs: WeightSpecs) -> tuple[Parameter, Parameter | None]:
+        """New, uninitialised parameters of a linear layer or a norm: (weight, bias or None)."""
+        bias = None if specs.bias is None else new_parameter(specs.bias, self.ctx)
+        return new_parameter(specs.weight, self.ctx), bias
+
+
+class ModelPart(nn.Module, ABC):
+    """The part of a model in one pipeline stage. A model type's class is derived from it (engine.model.build).
+
+    layers: its blocks by their number in the whole model.
+    """
+
+    layers: nn.ModuleDict
+
+    def __init__(self, cfg: ModelConfig, ctx: ParallelContext, shape: StageShape):
+        super().__init__()
+        self.cfg, self.ctx, self.shape = cfg, ctx, shape
+
+    @abstractmethod
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Logits: tokens [b, s] -> [b, s, vocab_size]. Only for a model whose stages are all on this pipeline rank."""
 
 
 class ColumnLinear(nn.Module):
     """Column-parallel linear: [s, b, h] -> [s, b, local out], weight rows (output features) and bias sharded.
 
-    chunks: the canonical tensors that are fused into the weight, such as q, k and v. Under sequence parallelism the
-    input is this rank's part of the sequence; it is gathered, and the output covers the whole sequence.
+    Under sequence parallelism the input is this rank's part of the sequence; it is gathered, and the output covers the
+    whole sequence.
     """
 
-    def __init__(
-        self,
-        chunks: tuple[Chunk, ...],
-        init_std: float,
-        ctx: ParallelContext,
-        keep_gathered: bool,
-        matmul: MatmulBackend,
-        bias: bool = False,
-    ):
+    def __init__(self, specs: WeightSpecs, build: Build):
         super().__init__()
-        self.replicated, self.sequence, self.keep_gathered = ctx.replicated, ctx.sequence, keep_gathered
-        self.matmul = matmul
-        self.weight = new_parameter(ShardSpec(chunks, init_std=init_std), ctx)
-        self.bias: Parameter | None = None
-        if bias:
-            self.bias = new_parameter(ShardSpec(tuple(map(bias_of, chunks)), init_value=0.0, role=Role.VECTOR), ctx)
+        ctx, self.matmul = build.ctx, build.backends.matmul
+        self.replicated, self.sequence, self.keep_gathered = ctx.replicated, ctx.sequence, build.policy.keep_gathered
+        self.weight, self.bias = build.parameters(specs)
 
     def forward(self, x: Tensor, recipe: RecomputeRecipe | None = None) -> Tensor:
         """recipe: recompute x in the backward instead of saving it."""
@@ -120,25 +136,11 @@ class RowLinear(nn.Module):
     is replicated and added once, after the sum.
     """
 
-    def __init__(
-        self,
-        name: str,
-        in_size: int,
-        out_size: int,
-        init_std: float,
-        ctx: ParallelContext,
-        matmul: MatmulBackend,
-        bias: bool = False,
-    ):
+    def __init__(self, specs: WeightSpecs, build: Build):
         super().__init__()
+        ctx, self.matmul = build.ctx, build.backends.matmul
         self.replicated, self.sequence, self.self_axis = ctx.replicated, ctx.sequence, ctx.self_axis
-        self.matmul = matmul
-        chunk = Chunk(name, (out_size, in_size), (Cut(1, ctx.tensor.size),))
-        self.weight = new_parameter(ShardSpec((chunk,), init_std=init_std), ctx)
-        self.bias: Parameter | None = None
-        if bias:
-            whole = bias_of(Chunk(name, (out_size,), sum_over=("sequence",)))
-            self.bias = new_parameter(ShardSpec((whole,), init_value=0.0, role=Role.VECTOR), ctx)
+        self.weight, self.bias = build.parameters(specs)
 
     def forward(self, x: Tensor, recipe: RecomputeRecipe | None = None) -> Tensor:
         """recipe: recompute x in the backward instead of saving it."""
@@ -148,33 +150,18 @@ class RowLinear(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm (cfg.norm) over the last dim; weight and bias are replicated across tensor ranks.
+    """RMSNorm or LayerNorm (cfg.norm) over the last dim; weight and bias are replicated across tensor ranks."""
 
-    sum_over: the axis whose ranks each compute only a part of the weight's gradient. "sequence" where a rank normalises
-    its part of the sequence, "tensor" where it normalises its local heads (QK-norms).
-    """
-
-    def __init__(
-        self,
-        name: str,
-        size: int,
-        cfg: ModelConfig,
-        ctx: ParallelContext,
-        backends: ComputeBackends = ComputeBackends(),
-        sum_over: str = "sequence",
-    ):
+    def __init__(self, specs: WeightSpecs, cfg: ModelConfig, build: Build):
         super().__init__()
-        chunk = Chunk(f"{name}.weight", (size,), sum_over=(sum_over,))
-        offset = float(cfg.norm_offset)
-        self.weight = new_parameter(ShardSpec((chunk,), init_value=1.0 - offset, role=Role.VECTOR), ctx)
-        self.bias: Parameter | None = None
-        rms: dict[str, float] = {"eps": cfg.norm_eps, "offset": offset}
-        self.function: Callable[..., Tensor] = partial(backends.fuse(rms_norm), **rms)
-        self.add_norm_function: Callable[..., tuple[Tensor, Tensor]] = partial(backends.fuse(add_rms_norm), **rms)
+        self.weight, self.bias = build.parameters(specs)
+        fuse, eps = build.backends.fuse, cfg.norm_eps
+        rms: dict[str, float] = {"eps": eps, "offset": float(cfg.norm_offset)}
+        self.function: Callable[..., Tensor] = partial(fuse(rms_norm), **rms)
+        self.add_norm_function: Callable[..., tuple[Tensor, Tensor]] = partial(fuse(add_rms_norm), **rms)
         if cfg.norm == "layernorm":
-            self.bias = new_parameter(ShardSpec((bias_of(chunk),), init_value=0.0, role=Role.VECTOR), ctx)
-            self.function = partial(backends.fuse(layer_norm), eps=cfg.norm_eps)
-            self.add_norm_function = partial(backends.fuse(add_layer_norm), eps=cfg.norm_eps)
+            self.function = partial(fuse(layer_norm), eps=eps)
+            self.add_norm_function = partial(fuse(add_layer_norm), eps=eps)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """x [..., size] -> the same shape. With a residual: the sum x + residual and the norm of the sum, fused."""
@@ -191,28 +178,17 @@ class Norm(nn.Module):
 
 
 class ShardedRMSNorm(nn.Module):
-    """RMSNorm over a whole projection (QK-norm of OLMo 2), features sharded across the tensor axis as in `chunk`."""
+    """RMSNorm over a whole projection (QK-norm of OLMo 2), features sharded across the tensor axis."""
 
-    def __init__(self, chunk: Chunk, cfg: ModelConfig, ctx: ParallelContext):
+    def __init__(self, spec: ShardSpec, cfg: ModelConfig, ctx: ParallelContext):
         super().__init__()
-        (cut,) = chunk.cuts
+        ((cut,),) = (chunk.cuts for chunk in spec.chunks)
         self.axis, self.replicas, self.eps = ctx.tensor, ctx.tensor.size // cut.parts, cfg.norm_eps
-        self.weight = new_parameter(ShardSpec((chunk,), role=Role.VECTOR), ctx)
+        self.weight = new_parameter(spec, ctx)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., local features] -> the same shape."""
         return sharded_rms_norm(x, self.weight, self.eps, self.axis, self.replicas)
-
-
-def vocab_weight(name: str, role: Role, cfg: ModelConfig, ctx: ParallelContext) -> Parameter:
-    """This rank's slice [v, h] of an embedding or head matrix.
-
-    With cfg.tie_embeddings the first and last pipeline stage hold replicas under one canonical name, and their
-    gradients are summed.
-    """
-    shape, tied = (cfg.vocab_size, cfg.hidden_size), ("tied_stages",) if cfg.tie_embeddings else ()
-    chunk = Chunk(name, shape, (Cut(0, ctx.tensor.size),), tied)
-    return new_parameter(ShardSpec((chunk,), init_std=cfg.init_std, role=role), ctx)
 
 
 class VocabEmbedding(nn.Module):
@@ -234,11 +210,9 @@ class VocabEmbedding(nn.Module):
 class PositionEmbedding(nn.Module):
     """Learned absolute position embedding; each rank looks up the positions of its part of the sequence."""
 
-    def __init__(self, name: str, cfg: ModelConfig, ctx: ParallelContext):
+    def __init__(self, spec: ShardSpec, ctx: ParallelContext):
         super().__init__()
-        self.sequence = ctx.sequence
-        chunk = Chunk(name, (cfg.max_seq_len, cfg.hidden_size), sum_over=("sequence",))
-        self.weight = new_parameter(ShardSpec((chunk,), init_std=cfg.init_std, role=Role.EMBEDDING), ctx)
+        self.sequence, self.weight = ctx.sequence, new_parameter(spec, ctx)
 
     def forward(self, x: Tensor, sequence: Sequence) -> Tensor:
         """Add the position embeddings to x [s, b, h]. sequence: the whole one, of all ranks."""

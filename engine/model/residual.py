@@ -18,11 +18,9 @@ from engine.ops.linear import RecomputeRecipe
 class Branch(nn.Module):
     """A sublayer with its norms, x [s, b, h] -> what it adds to x: with pre-norm, sublayer(norm(x)).
 
-    sublayer(x, *context, recipe) maps [s, b, h] to [s, b, h]; context is passed through. norms: this form's norms, as
-    `norm_names` lists them. selective: recompute the input of the sublayer in the backward instead of saving it.
+    sublayer(x, *context, recipe=recipe) maps [s, b, h] to [s, b, h]; context is passed through. norms: this form's
+    norms (declarations.BRANCH_NORMS). selective: recompute the sublayer's input in the backward instead of saving it.
     """
-
-    norm_names: tuple[str, ...] = ("norm",)
 
     def __init__(self, norms: tuple[Norm, ...], sublayer: nn.Module, selective: bool):
         super().__init__()
@@ -54,8 +52,6 @@ class PostNormBranch(Branch):
 
 class SandwichNormBranch(Branch):
     """post_norm(sublayer(norm(x))), as in Gemma 2."""
-
-    norm_names = ("norm", "post_norm")
 
     def __init__(self, norms: tuple[Norm, ...], sublayer: nn.Module, selective: bool):
         super().__init__(norms, sublayer, selective)

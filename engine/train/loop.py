@@ -20,7 +20,7 @@ from engine.config.skips import contains, read_ranges
 from engine.distributed.collectives import all_reduce_, on_first_rank
 from engine.distributed.context import ParallelContext
 from engine.errors import EXIT_OK, EXIT_REQUEUE, CheckpointError, ConfigError, FieldError
-from engine.model.transformer import num_parameters
+from engine.model.build import num_parameters
 from engine.monitor.ending import ExitRecord
 from engine.monitor.metrics import MetricsLog, lacks_validation
 from engine.monitor.progress import Progress

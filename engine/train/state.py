@@ -20,7 +20,9 @@ from engine.distributed.sharding import Parameter, initialise_, parameters, unit
 from engine.distributed.specs import ShardSpec, tensor_names
 from engine.errors import ConfigError, FieldError
 from engine.model.attention import attention_names
-from engine.model.transformer import Transformer, build_stages, parameter_specs
+from engine.model.build import parameter_specs
+from engine.model.layers import ModelPart
+from engine.model.stages import build_stages
 from engine.ops.draws import GENERATOR
 from engine.ops.fp8 import check_device
 from engine.ops.native import keep_freed_memory
@@ -105,7 +107,8 @@ def setup(cfg: Config, ctx: ParallelContext, derived: Derived | None = None) -> 
     stages: dict[int, Stage] = {}
     params: list[Parameter] = []
     group = partial(group_of, cfg=cfg.optimizer)
-    for number, model, fresh in build_stages(cfg, ctx, derived):
+    parts: list[ModelPart] = []
+    for number, part, fresh in build_stages(cfg, ctx, derived):
         if not cfg.checkpoint.init:  # else `start_from` loads them
             initialise_(fresh, ctx, cfg.train.seed)
         own = {id(p) for p in fresh}
@@ -113,7 +116,7 @@ def setup(cfg: Config, ctx: ParallelContext, derived: Derived | None = None) -> 
             if group(p.spec).frozen:
                 p.freeze()
         buckets = make_buckets(
-            [[p for p in unit if id(p) in own] for unit in units(model)],
+            [[p for p in unit if id(p) in own] for unit in units(part)],
             ctx,
             grad_dtype=PRECISIONS[cfg.train.precision].main,
             bucket_bytes=int(cfg.parallel.bucket_mib * 2**20),
@@ -122,12 +125,13 @@ def setup(cfg: Config, ctx: ParallelContext, derived: Derived | None = None) -> 
             reduce_dtype=torch.bfloat16 if cfg.parallel.reduce_dtype == "bf16" else None,
             group_of=group,
         )
-        shape = model.shape
-        stages[number] = Stage(model, parameters(model), buckets, cfg.model.hidden_size, shape.first, shape.last)
+        first, last = part.shape.first, part.shape.last
+        stages[number] = Stage(part, parameters(part), buckets, cfg.model.hidden_size, first, last)
         params += fresh
+        parts.append(part)
     _find_input_gradients(stages, ctx)
     all_buckets = [stage.buckets for stage in stages.values() if stage.buckets is not None]
-    wait_before_use([stage.module for stage in stages.values() if isinstance(stage.module, Transformer)], all_buckets)
+    wait_before_use(parts, all_buckets)
     optimizer = Optimizer(all_buckets, cfg.optimizer, overlap=cfg.parallel.overlap_gather)
     norms = NormCounter(all_buckets, ctx, tensor_names(specs), PRECISIONS[cfg.train.precision].main)
     fp16 = cfg.train.precision == "fp16"

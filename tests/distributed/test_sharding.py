@@ -18,7 +18,9 @@ from engine.distributed.context import ParallelContext, make_context
 from engine.distributed.layout import Layout, Place
 from engine.distributed.sharding import Parameter, cut_piece, initialise_, new_parameter, parameters, piece_of
 from engine.distributed.specs import Chunk, Cut, Role, ShardSpec
-from engine.model.transformer import Transformer, stage_shapes, tensor_shapes
+from engine.model.build import stage_shapes, tensor_shapes
+from engine.model.layers import Build
+from engine.model.transformer import Transformer
 from tests.support.cases import assemble, config, max_relative_error, pieces_of
 
 
@@ -186,7 +188,7 @@ DEGREES = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (1, 4, 1), (4, 2, 1), (2,
 
 
 def model_on(cfg: Config, ctx: ParallelContext) -> Transformer:
-    return Transformer(cfg.model, ctx, stage_shapes(derive(cfg).layers)[ctx.pipeline.rank])
+    return Transformer(cfg.model, Build(ctx), stage_shapes(derive(cfg).layers)[ctx.pipeline.rank])
 
 
 def laid_out(degrees: tuple[int, int, int], **model: Any) -> Config:

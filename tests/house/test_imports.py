@@ -43,7 +43,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("pipeline.shares", "pipeline.list_schedules", "pipeline.improve", "pipeline.search"),
     ("pipeline.timeline", "pipeline.draw"),
     ("config.schema", "config.derived", "config.tree", "config.phases"),
-    ("optim.groups",),
+    ("optim.groups", "model.declarations", "model.build"),
     (
         "config.checks",
         "config.model_checks",

@@ -19,7 +19,7 @@ from engine.data.samples.indexed_writer import IndexedWriter
 from engine.data.samples.loader import Loader
 from engine.data.samples.transforms import SeparateDocuments
 from engine.distributed.context import ParallelContext, make_context
-from engine.model.transformer import build_stages
+from engine.model.stages import build_stages
 from engine.train.evaluate import Evaluator
 from engine.train.state import setup
 from engine.train.step import train_step

@@ -16,7 +16,7 @@ import torch
 from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
 from engine.distributed.sharding import cut_piece, piece_of
-from engine.model.transformer import num_parameters, tensor_shapes
+from engine.model.build import num_parameters, tensor_shapes
 from engine.planner.flops import flops_per_token
 from engine.train.state import TrainState, setup
 from engine.train.step import train_step
@@ -30,60 +30,10 @@ from tests.support.cases import (
     weights_of,
 )
 from tests.support.harness import run_ranks
+from tests.support.model_shapes import SHAPES
 from tests.support.numbers import named
 
 STEPS = 3
-BIASES = {"model_qkv_bias": True, "model_attention_out_bias": True, "model_mlp_bias": True}
-SHAPES: dict[str, dict[str, Any]] = {
-    "gpt2": {
-        "model_num_kv_heads": 8,
-        "model_norm": "layernorm",
-        "model_positions": "learned",
-        "model_activation": "gelu_tanh",
-        "model_gated_mlp": False,
-        "model_tie_embeddings": True,
-        **BIASES,
-    },
-    "neox": {
-        "model_num_kv_heads": 8,
-        "model_norm": "layernorm",
-        "model_activation": "gelu",
-        "model_gated_mlp": False,
-        "model_rotary_fraction": 0.5,
-        "model_parallel_residual": True,
-        **BIASES,
-    },
-    "olmo2": {"model_norm_position": "post", "model_qk_norm": True, "model_qk_norm_span": "projection"},
-    "qwen2": {"model_qkv_bias": True, "model_tie_embeddings": True},
-    "gemma": {
-        "model_num_kv_heads": 1,
-        "model_head_dim": 6,
-        "model_norm_offset": True,
-        "model_scale_embeddings": True,
-        "model_activation": "gelu_tanh",
-        "model_tie_embeddings": True,
-    },
-    "llama3": {"model_rope_scaling": "llama3", "model_rope_factor": 8, "model_rope_original_seq_len": 8},
-    "gemma2": {"model_norm_position": "sandwich", "model_norm_offset": True, "model_tie_embeddings": True},
-    # options that no family combines
-    "all": {
-        "model_norm": "layernorm",
-        "model_norm_position": "post",
-        "model_parallel_residual": True,
-        "model_qk_norm": True,
-        "model_activation": "gelu",
-        "model_rope_scaling": "yarn",
-        "model_rope_factor": 4,
-        "model_rope_original_seq_len": 8,
-        **BIASES,
-    },
-    "sandwich": {
-        "model_norm": "layernorm",
-        "model_norm_position": "sandwich",
-        "model_parallel_residual": True,
-        **BIASES,
-    },
-}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "t2": {"parallel_tensor": 2, "train_recompute": "selective"},
     "t4": {"parallel_tensor": 4, "parallel_keep_gathered": True},

@@ -26,7 +26,9 @@ from engine.distributed.sharding import initialise_, parameters
 from engine.errors import ConfigError, DataError
 from engine.inference.generate import sample
 from engine.inference.load import config_of
-from engine.model.transformer import StageShape, Transformer
+from engine.model.build import StageShape
+from engine.model.layers import Build
+from engine.model.transformer import Transformer
 from engine.train.evaluate import Evaluator, Score, evaluate
 from engine.train.resume import save_state
 from engine.train.run import open_run
@@ -174,7 +176,7 @@ def tokenizer() -> Tokenizer:
 def model(tokenizer: Tokenizer) -> Transformer:
     cfg = config(1, model_vocab_size=tokenizer.vocab_size + 5, model_max_seq_len=24, train_seq_len=16).model
     ctx = make_context(Layout(), 0, dtype=torch.float64)
-    made = Transformer(cfg, ctx, StageShape(range(cfg.num_layers), True, True))
+    made = Transformer(cfg, Build(ctx), StageShape(range(cfg.num_layers), True, True))
     initialise_(parameters(made), ctx, 0)
     return made
 

@@ -15,7 +15,9 @@ from engine.batch import Documents, Sequence
 from engine.config.schema import ModelConfig
 from engine.distributed.context import make_context
 from engine.distributed.layout import Layout
-from engine.model.transformer import StageShape, Transformer
+from engine.model.build import StageShape
+from engine.model.layers import Build
+from engine.model.transformer import Transformer
 from engine.ops.activation import activation
 from engine.ops.attention import attention_case, missing_packages, select_implementation, why_unavailable
 from engine.ops.attention_cores import CORES
@@ -141,7 +143,7 @@ def _head(session: Session) -> None:
     shape = {"vocab_size": z.vocab, "hidden_size": z.hidden, "num_heads": z.heads, "num_kv_heads": z.heads}
     cfg = ModelConfig(**shape, head_dim=z.head_dim, num_layers=1)
     ctx = make_context(Layout(), 0, dtype=session.dtype, device=session.device)
-    model = Transformer(cfg, ctx, StageShape(range(0), False, True))
+    model = Transformer(cfg, Build(ctx), StageShape(range(0), False, True))
     weight, gain = model.head.weight, model.norm.weight
     weight.data.normal_(0, 0.02)
     gain.data.fill_(1)

@@ -28,7 +28,7 @@ from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError, truncate
 from engine.interop.huggingface.config_json import ParsedConfig, read_config, read_json_object
 from engine.interop.huggingface.families import Family
-from engine.model.transformer import tensor_shapes
+from engine.model.build import tensor_shapes
 from engine.optim.update_rules import MODEL
 
 INDEX = "model.safetensors.index.json"

@@ -28,7 +28,9 @@ from engine.inference.load import load_model
 from engine.interop.convert import export, import_folder
 from engine.interop.huggingface.companions import COMPANIONS_DIR, copy_companions
 from engine.interop.huggingface.weights import HfReader
-from engine.model.transformer import StageShape, Transformer
+from engine.model.build import StageShape
+from engine.model.layers import Build
+from engine.model.transformer import Transformer
 from engine.optim.update_rules import MODEL
 from engine.train.resume import save_state, start_from
 from engine.train.state import setup
@@ -265,7 +267,7 @@ def test_embeddings_are_scaled_as_gemma_rounds_them() -> None:
     for dtype, scale in ((torch.float32, 55.4256), (torch.bfloat16, 55.5)):
         ctx = make_context(Layout(), 0, dtype=dtype, device="meta")
         cfg = ModelConfig(hidden_size=3072, num_heads=1, num_kv_heads=1, head_dim=2, scale_embeddings=True)
-        model = Transformer(cfg, ctx, StageShape(range(0), True, False))
+        model = Transformer(cfg, Build(ctx), StageShape(range(0), True, False))
         assert model.embed.scale == pytest.approx(scale, rel=1e-6)
 
 

@@ -20,7 +20,9 @@ from engine.distributed.layout import Layout
 from engine.distributed.sharding import parameters
 from engine.errors import CheckpointError
 from engine.interop.megatron.source import MegatronSource, open_megatron
-from engine.model.transformer import StageShape, Transformer
+from engine.model.build import StageShape
+from engine.model.layers import Build
+from engine.model.transformer import Transformer
 from engine.optim.optimizer import StateShard
 from tests.support.errors import raises
 from tests.support.harness import run_ranks
@@ -244,6 +246,6 @@ def test_a_model_is_filled_from_it(tmp_path: Path) -> None:
     wanted = save_dist(tmp_path, LLAMA)
     with open_megatron(tmp_path) as source:
         alone = make_context(Layout(1), 0, dtype=torch.float32)
-        model = Transformer(source.cfg, alone, StageShape(range(4), True, True))
+        model = Transformer(source.cfg, Build(alone), StageShape(range(4), True, True))
         load_into(source, (StateShard("model", p, 0, p.data.view(-1)) for p in parameters(model)), alone)
     assert torch.equal(model.layers["3"].attention.sublayer.qkv.weight[:24], wanted["layers.3.attention.q.weight"])

@@ -47,7 +47,10 @@ def same_bytes(a: Path, b: Path) -> None:
 
 
 def resolve(world: int = 1, **overrides: Any) -> Resolved:
-    """A resolved float64 config: MODEL and a short run, changed by overrides such as parallel_tensor=2."""
+    """A resolved float64 config: MODEL and a short run, changed by overrides such as parallel_tensor=2.
+
+    The rows of a table are a tuple of dicts: optimizer_groups=({"role": "head", "lr_factor": 0.5},).
+    """
     values: dict[str, Any] = {f"model.{k}": v for k, v in MODEL.items()}
     values |= {
         "train.steps": 20,
@@ -66,7 +69,11 @@ def resolve(world: int = 1, **overrides: Any) -> Resolved:
             values[".".join(row.groups())] = value
             continue
         section = next(s for s in Config.model_fields if key.startswith(f"{s}_"))
-        values[f"{section}.{key.removeprefix(section)[1:]}"] = value
+        path = f"{section}.{key.removeprefix(section)[1:]}"
+        if isinstance(value, tuple):  # rows of a table
+            values |= {f"{path}.{n}.{name}": x for n, row in enumerate(value, 1) for name, x in row.items()}
+        else:
+            values[path] = value
     return load([], {k: str(v) for k, v in values.items()}, world=world)
 
 

@@ -71,8 +71,21 @@ def run(cfg: Config, steps: int = STEPS, dtype: torch.dtype = torch.float64) -> 
 
 
 @cache
-def reference(**overrides: Any) -> dict[str, Any]:
-    return run(config(1, **overrides))
+def reference(groups: str = "none", **overrides: Any) -> dict[str, Any]:
+    return run(config(1, **overrides, optimizer_groups=GROUPS[groups]))
+
+
+# optimizer.groups. "frozen": a stage with nothing to train gets no gradient.
+GROUPS: dict[str, tuple[dict[str, Any], ...]] = {
+    "none": (),
+    "mixed": (
+        {"names": "layers.1.attention.*", "frozen": "true"},
+        {"names": "layers.0.*", "role": "matrix", "lr_factor": 0.5, "weight_decay": 0.0},
+        {"role": "embedding", "weight_decay": 0.0},
+        {"role": "vector", "lr_factor": 2.0},
+    ),
+    "frozen": ({"names": "embed.weight layers.0.*", "frozen": "true"},),
+}
 
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -97,6 +110,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "micro_batch_size": (1, 2),
     "window": (0, 5),
     "model": tuple(MODELS),
+    "groups": tuple(GROUPS),
 }
 Case = dict[str, Any]
 
@@ -145,6 +159,7 @@ def config_of(case: Case) -> Config:
         model_num_layers=max(2, stages),
         train_global_batch_size=batch_of(case),
         **{f"parallel_{name}": case[name] for name in list(FACTORS)[:7]},
+        optimizer_groups=GROUPS[case["groups"]],
         **model_of(case),
     )
 
@@ -158,7 +173,8 @@ def model_of(case: Case) -> dict[str, Any]:
 def figures(case: Case) -> dict[str, float]:
     """The largest relative difference to one process: initial weights, loss, norm, gradients, final weights."""
     cfg = config_of(case)
-    one = reference(**model_of(case), model_num_layers=cfg.model.num_layers, train_global_batch_size=batch_of(case))
+    options = model_of(case) | {"model_num_layers": cfg.model.num_layers}
+    one = reference(case["groups"], **options, train_global_batch_size=batch_of(case))
     many = run(cfg)
     return {
         "init": max_relative_error(many["init"], one["init"]),
@@ -191,6 +207,7 @@ def name_of(case: Case) -> str:
             f"b{case['micro_batch_size']}",
             *(["window"] if case["window"] else []),
             case["model"],
+            *([f"groups-{case['groups']}"] if case["groups"] != "none" else []),
         ]
     )
 
@@ -465,8 +482,8 @@ def write_table(path: Path) -> None:
         "```",
         "",
         "The cases below cover every pair of values of degree, schedule, sequence parallelism, ZeRO-1, recomputation,",
-        "micro-batch size, sliding window and model, each compared with one process in float64. This command measures",
-        "them, and takes too long for a test of this page:",
+        "micro-batch size, sliding window, model and parameter groups, each compared with one process in float64. This",
+        "command measures them, and takes too long for a test of this page:",
         "",
         "    python -m tests.proofs.test_equivalence docs/equivalence.md",
         "",
@@ -484,9 +501,8 @@ def write_table(path: Path) -> None:
         worst_of = {name: max(value, worst_of[name]) for name, value in found.items()}
         degrees = " x ".join(str(case[name]) for name in ("tensor", "pipeline", "data"))
         options = [name for name, of in RELEVANT_DEGREE.items() if case[name] and case[of] > 1]
-        options += [f"recompute {case['recompute']}"] * (case["recompute"] != "none") + ["window"] * (
-            case["window"] > 0
-        )
+        options += [f"recompute {case['recompute']}"] * (case["recompute"] != "none")
+        options += ["window"] * (case["window"] > 0) + [f"groups {case['groups']}"] * (case["groups"] != "none")
         texts = [degrees, case["schedule"], ", ".join([*options, f"micro-batch {case['micro_batch_size']}"])]
         lines.append(_row([*texts, case["model"]], found))
         print(f"{number + 1}/{len(CASES)} {lines[-1]}", flush=True)

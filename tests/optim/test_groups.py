@@ -19,12 +19,10 @@ from engine.distributed.sharding import units
 from engine.errors import CheckpointError, ConfigError, DamageError
 from engine.model.transformer import StageShape, Transformer
 from engine.optim.groups import group_of
-from engine.optim.lr import learning_rate
 from engine.optim.update_rules import MODEL
 from engine.train.resume import resume, save_state
 from engine.train.state import TrainState, check_groups, setup
 from engine.train.step import train_step
-from tests.proofs.test_equivalence import TINY, plain_loss, run
 from tests.support.cases import (
     assemble,
     config,
@@ -37,6 +35,7 @@ from tests.support.cases import (
 )
 from tests.support.errors import raises
 from tests.support.harness import run_ranks
+from tests.support.runs import TINY, run
 
 Rows = tuple[dict[str, Any], ...]
 METADATA: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
@@ -98,37 +97,6 @@ def test_rows_that_are_wrong(rows: Rows, code: str, values: tuple[str, ...]) -> 
 def test_a_rule_that_does_not_exist() -> None:
     with raises(ConfigError, "optim.unknown-rule", "optimizer.rule", "adamw"):
         config(1, optimizer_rule="adamwide")
-
-
-# -- one process against plain torch -----------------------------------------------------------------------------------
-
-
-def test_groups_equal_the_parameter_groups_of_torch() -> None:
-    """Frozen parameters are not in the norm; each other one has its rate and decay."""
-    options = TINY | {"model_tie_embeddings": False, "optimizer_weight_decay": 0.3}
-    cfg = config(1, **options, optimizer_groups=MIXED)
-    found, table = run(cfg, 3), group_table(cfg)
-    w = {name: torch.from_numpy(x.copy()).requires_grad_(not table[name][3]) for name, x in found["init"].items()}
-    trained = {name: x for name, x in w.items() if x.requires_grad}
-    groups = [{"params": [x], "weight_decay": table[name][2]} for name, x in trained.items()]
-    o, ctx = cfg.optimizer, make_context(Layout(), 0, dtype=torch.float64)
-    optimizer = torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=o.eps)
-    for step in range(3):
-        batches = random_batches(cfg, ctx, step)
-        loss = sum(plain_loss(cfg.model, w, b) for b in batches) / sum(float(b.weights.sum()) for b in batches)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = float(torch.nn.utils.clip_grad_norm_(trained.values(), o.clip_norm))
-        for group, name in zip(optimizer.param_groups, trained, strict=True):
-            rate = learning_rate(step + 1, cfg.train.steps, o, cfg.lr_schedule)
-            group["lr"] = rate * table[name][1]
-        optimizer.step()
-        assert found["losses"][step] == pytest.approx(loss.item(), rel=1e-11)
-        assert found["norms"][step] == pytest.approx(norm, rel=1e-10)
-    assert max_relative_error(found["weights"], {name: x.detach().numpy() for name, x in w.items()}) < 1e-7
-    for name, x in found["weights"].items():
-        assert np.array_equal(x, found["init"][name]) == table[name][3], name
-    assert {name.removeprefix("grad/") for name in found["grads"]} == set(trained)
 
 
 # -- layouts in which ranks or stages have nothing to train ------------------------------------------------------------

@@ -20,9 +20,9 @@ from engine.planner.memory import bytes_per_parameter
 from engine.train.resume import resume, save_state
 from engine.train.state import TrainState, check_groups, setup
 from engine.train.step import train_step
-from tests.proofs.test_equivalence import TINY, run
 from tests.support.cases import assemble, config, layout_of, max_relative_error, random_batches, shard_pieces
 from tests.support.harness import run_ranks
+from tests.support.runs import TINY, run
 
 METADATA: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
 GROUPS = ({"role": "matrix", "rule": "toy", "lr_factor": 0.5}, {"names": "norm.weight", "frozen": "true"})

@@ -10,6 +10,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,8 +21,9 @@ from engine.distributed.collectives import all_gather_into_start, all_reduce_sta
 from engine.distributed.context import Axis, ParallelContext, make_context
 from engine.distributed.layout import Layout
 from engine.ops import native
+from engine.optim.groups import ParameterGroup, group_of
 from engine.optim.lr import learning_rate
-from engine.train.state import setup
+from engine.train.state import check_groups, setup
 from engine.train.step import train_step
 from tests.support.cases import (
     assemble,
@@ -34,40 +36,7 @@ from tests.support.cases import (
 )
 from tests.support.harness import run_ranks
 from tests.support.numbers import attention_reference, rms_norm_reference, rope_reference, swiglu_reference
-
-STEPS = 20
-
-
-def trajectory(ctx: ParallelContext, cfg: Config, steps: int = STEPS) -> dict[str, Any]:
-    """Train on random batches: losses and norms of all steps, gradients of step 1, initial and final weights."""
-    state = setup(cfg, ctx)
-    init = weights_of(state)
-    results, grads = [], []
-    for step in range(steps):
-        results.append(train_step(state, random_batches(cfg, ctx, step)))
-        if step == 0:
-            grads = gradients_of(state)
-    return {
-        "losses": [r.loss for r in results],
-        "norms": [r.norms.norm for r in results],
-        "init": init,
-        "grads": grads,
-        "weights": weights_of(state),
-    }
-
-
-def run(cfg: Config, steps: int = STEPS, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    ranks = run_ranks(
-        layout_of(cfg),
-        lambda ctx: trajectory(ctx, cfg, steps),
-        timeout_s=240,
-        dtype=dtype,
-        transport=cfg.parallel.transport,
-    )
-    for other in ranks[1:]:
-        assert other["losses"] == ranks[0]["losses"] and other["norms"] == ranks[0]["norms"]
-    merged = {key: assemble([r[key] for r in ranks]) for key in ("init", "grads", "weights")}
-    return {"losses": ranks[0]["losses"], "norms": ranks[0]["norms"], **merged}
+from tests.support.runs import TINY, run
 
 
 @cache
@@ -244,8 +213,6 @@ def test_special_layouts_equal_one_process(overrides: dict[str, Any]) -> None:
 
 # -- two ranks and two steps: one small case per way of sharding, fast enough for proofs/mutations ---------------------
 
-TINY: dict[str, Any] = {"model_num_layers": 2, "model_hidden_size": 16, "model_num_heads": 4, "model_ffn_size": 24}
-TINY |= {"train_seq_len": 8, "optimizer_clip_norm": 0.05, "model_tie_embeddings": True, "model_qk_norm": True}
 SMALL: dict[str, dict[str, Any]] = {
     "sequence": {"parallel_tensor": 2, "model_num_kv_heads": 1},
     "replicated": {
@@ -468,6 +435,38 @@ def test_windows_equal_a_dense_mask(documents: bool, window: int, pattern: str) 
     plain.backward()
     assert loss == pytest.approx(plain.item(), rel=1e-11)
     assert max_relative_error(assemble([grads]), {f"grad/{name}": x.grad.numpy() for name, x in w.items()}) < 1e-10
+
+
+def group_table(cfg: Config) -> dict[str, ParameterGroup]:
+    return {chunk.name: group_of(spec, cfg.optimizer) for spec in check_groups(cfg) for chunk in spec.chunks}
+
+
+def test_groups_equal_the_parameter_groups_of_torch() -> None:
+    """Frozen parameters are not in the norm; each other one has its rate and decay."""
+    options = TINY | {"model_tie_embeddings": False, "optimizer_weight_decay": 0.3}
+    cfg = config(1, **options, optimizer_groups=GROUPS["mixed"])
+    found, table = run(cfg, 3), group_table(cfg)
+    w = {name: torch.from_numpy(x.copy()).requires_grad_(not table[name].frozen) for name, x in found["init"].items()}
+    trained = {name: x for name, x in w.items() if x.requires_grad}
+    groups = [{"params": [x], "weight_decay": table[name].weight_decay} for name, x in trained.items()]
+    o, ctx = cfg.optimizer, make_context(Layout(), 0, dtype=torch.float64)
+    optimizer = torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=o.eps)
+    for step in range(3):
+        batches = random_batches(cfg, ctx, step)
+        loss = sum(plain_loss(cfg.model, w, b) for b in batches) / sum(float(b.weights.sum()) for b in batches)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(trained.values(), o.clip_norm))
+        for group, name in zip(optimizer.param_groups, trained, strict=True):
+            rate = learning_rate(step + 1, cfg.train.steps, o, cfg.lr_schedule)
+            group["lr"] = rate * table[name].lr_factor
+        optimizer.step()
+        assert found["losses"][step] == pytest.approx(loss.item(), rel=1e-11)
+        assert found["norms"][step] == pytest.approx(norm, rel=1e-10)
+    assert max_relative_error(found["weights"], {name: x.detach().numpy() for name, x in w.items()}) < 1e-7
+    for name, x in found["weights"].items():
+        assert np.array_equal(x, found["init"][name]) == table[name].frozen, name
+    assert {name.removeprefix("grad/") for name in found["grads"]} == set(trained)
 
 
 def write_table(path: Path) -> None:

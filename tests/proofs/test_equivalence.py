@@ -78,6 +78,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "recompute": ("none", "selective", "full"),
     "micro_batch_size": (1, 2),
     "window": (0, 5),
+    "phases": ("none", "ramp"),
     "model": tuple(MODELS),
     "groups": tuple(GROUPS),
 }
@@ -119,6 +120,14 @@ def batch_of(case: Case) -> int:
     return max(4, case["data"] * case["micro_batch_size"])
 
 
+def ramp_of(case: Case) -> dict[str, Any]:
+    """Phases with twice the batch, then with twice the micro-batch."""
+    if case["phases"] == "none":
+        return {}
+    larger = {"phase_1_from_step": 3, "phase_1_global_batch_size": 2 * batch_of(case)}
+    return larger | {"phase_2_from_step": 7, "phase_2_micro_batch_size": 2 * case["micro_batch_size"]}
+
+
 def config_of(case: Case) -> Config:
     stages = case["pipeline"] * (1 if case["schedule"] in ("gpipe", "1f1b", "zb-h1") else 2)
     return config(
@@ -129,6 +138,7 @@ def config_of(case: Case) -> Config:
         train_global_batch_size=batch_of(case),
         **{f"parallel_{name}": case[name] for name in list(FACTORS)[:7]},
         optimizer_groups=GROUPS[case["groups"]],
+        **ramp_of(case),
         **model_of(case),
     )
 
@@ -143,7 +153,7 @@ def figures(case: Case) -> dict[str, float]:
     """The largest relative difference to one process: initial weights, loss, norm, gradients, final weights."""
     cfg = config_of(case)
     options = model_of(case) | {"model_num_layers": cfg.model.num_layers}
-    one = reference(case["groups"], **options, train_global_batch_size=batch_of(case))
+    one = reference(case["groups"], **options, train_global_batch_size=batch_of(case), **ramp_of(case))
     many = run(cfg)
     return {
         "init": max_relative_error(many["init"], one["init"]),
@@ -175,6 +185,7 @@ def name_of(case: Case) -> str:
             case["recompute"],
             f"b{case['micro_batch_size']}",
             *(["window"] if case["window"] else []),
+            *(["ramp"] if case["phases"] == "ramp" else []),
             case["model"],
             *([f"groups-{case['groups']}"] if case["groups"] != "none" else []),
         ]
@@ -360,10 +371,13 @@ def plain_loss(cfg: ModelConfig, w: dict[str, torch.Tensor], batch: Any, starts:
     return (losses * batch.weights).sum()
 
 
+@pytest.mark.parametrize("phases", ["none", "ramp"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_one_process_equals_plain_torch(tied: bool) -> None:
+def test_one_process_equals_plain_torch(tied: bool, phases: str) -> None:
     """Gradient accumulation, uneven masks, clipping, AdamW, weight decay: the reference of all other tests."""
-    cfg = config(1, **TINY | {"model_tie_embeddings": tied}, optimizer_weight_decay=0.3)
+    ramp = {"phase_1_from_step": 2, "phase_1_global_batch_size": 8, "phase_1_micro_batch_size": 2}
+    more = ramp if phases == "ramp" else {}
+    cfg = config(1, **TINY | {"model_tie_embeddings": tied} | more, optimizer_weight_decay=0.3)
     found = run(cfg, 3)
     w = {name: torch.from_numpy(x.copy()).requires_grad_() for name, x in found["init"].items()}
     groups: list[dict[str, Any]] = [
@@ -481,8 +495,8 @@ def write_table(path: Path) -> None:
         "```",
         "",
         "The cases below cover every pair of values of degree, schedule, sequence parallelism, ZeRO-1, recomputation,",
-        "micro-batch size, sliding window, model and parameter groups, each compared with one process in float64. This",
-        "command measures them, and takes too long for a test of this page:",
+        "micro-batch size, sliding window, phases, model and parameter groups, each compared with one process in",
+        "float64. This command measures them, and takes too long for a test of this page:",
         "",
         "    python -m tests.proofs.test_equivalence docs/equivalence.md",
         "",
@@ -502,6 +516,7 @@ def write_table(path: Path) -> None:
         options = [name for name, of in RELEVANT_DEGREE.items() if case[name] and case[of] > 1]
         options += [f"recompute {case['recompute']}"] * (case["recompute"] != "none")
         options += ["window"] * (case["window"] > 0) + [f"groups {case['groups']}"] * (case["groups"] != "none")
+        options += ["ramp"] * (case["phases"] == "ramp")
         texts = [degrees, case["schedule"], ", ".join([*options, f"micro-batch {case['micro_batch_size']}"])]
         lines.append(_row([*texts, case["model"]], found))
         print(f"{number + 1}/{len(CASES)} {lines[-1]}", flush=True)

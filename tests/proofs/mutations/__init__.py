@@ -19,7 +19,7 @@ with them; without built extensions the latter are listed as not tried.
 
 from __future__ import annotations
 
-from . import checkpoint, data, distributed, interop, model, ops, optim, parallel, pipeline, train
+from . import checkpoint, config, data, distributed, interop, model, ops, optim, parallel, pipeline, train
 
-_PACKAGES = (distributed, ops, parallel, model, optim, pipeline, data, train, checkpoint, interop)
+_PACKAGES = (config, distributed, ops, parallel, model, optim, pipeline, data, train, checkpoint, interop)
 MUTATIONS = [mutation for package in _PACKAGES for mutation in package.MUTATIONS]

@@ -1,0 +1,67 @@
+"""Faults of what a config says about the steps of a run."""
+
+from __future__ import annotations
+
+from .patch import Mutation
+
+COUNT = ("test_a_count_step_by_step_agrees",)
+CHANGED = ("test_later_phases_may_change_and_past_ones_may_not",)
+
+MUTATIONS = [
+    Mutation(
+        "consumed_counts_one_batch_size",
+        "samples consumed are steps x the batch size of now (Megatron's consumed_samples without its ramp-up)",
+        "engine.config.phases:Phases.consumed",
+        "samples += steps * phase.global_batch_size",
+        "samples += steps * self.phases[-1].global_batch_size",
+        COUNT,
+    ),
+    Mutation(
+        "phase_one_step_late",
+        "the step at which a phase begins still has the values before it",
+        "engine.config.phases:Phases.at",
+        "phase.first_step <= max(1, step)",
+        "phase.first_step <= max(1, step - 1)",
+        COUNT,
+    ),
+    Mutation(
+        "weights_of_earlier_phases_lost",
+        "a source that a phase does not name goes back to the weight of data.train",
+        "engine.config.phases:phases_of",
+        "{**found[-1].weights, **given.get('weights', {})}",
+        "given.get('weights', {})",
+        COUNT,
+    ),
+    Mutation(
+        "first_plan_kept",
+        "the plan of the first phase runs in all phases",
+        "engine.train.state:TrainState.plan",
+        "self.derived.plan_of(self.phase)",
+        "self.derived.first_plan",
+        ("test_every_layout_equals_one_process",),
+    ),
+    Mutation(
+        "loss_normalised_by_the_first_batch",
+        "the loss is divided by the tokens of the first phase's batch",
+        "engine.train.step:train_step",
+        "tokens = count_tokens(batches, state.plan, ctx)",
+        "tokens = count_tokens(batches, state.plan, ctx) * state.phases.at(1).tokens // state.phase.tokens",
+        ("test_one_process_equals_plain_torch",),
+    ),
+    Mutation(
+        "past_recomputed_at_resume",
+        "after a resume the samples of the past are counted with the phases of now",
+        "engine.train.resume:resume",
+        "state.phases = state.phases.resumed(begin)",
+        "pass",
+        CHANGED,
+    ),
+    Mutation(
+        "past_phases_not_compared",
+        "a run resumes with other batch sizes in the steps done",
+        "engine.checkpoint.lineage:differences",
+        "pairs |= _past_phases(manifest, cfg)",
+        "pass",
+        CHANGED,
+    ),
+]

@@ -1,0 +1,142 @@
+"""A run over a batch ramp and changes of the blend: every layout equals one process, and stopping changes no bit.
+
+The runs are those of `engine train`, with their data, plans, metrics and checkpoints, in float64.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.checkpoint.load import Reader
+from engine.data.samples.indexed_writer import IndexedWriter
+from engine.distributed.context import ParallelContext
+from engine.train.loop import train
+from engine.util.signals import StopRequest
+from tests.support.cases import resolve
+from tests.support.harness import run_ranks
+
+BATCHES = [4, 4, 8, 8, 16, 16, 8, 8]
+RAMP: dict[str, Any] = {
+    "phase_1_from_step": 3,
+    "phase_1_global_batch_size": 8,
+    "phase_2_from_step": 5,
+    "phase_2_global_batch_size": 16,
+    "phase_2_micro_batch_size": 2,
+    "phase_2_weights": "0.2 web",
+    "phase_3_from_step": 7,
+    "phase_3_global_batch_size": 8,
+    "phase_3_weights": "0 code 1 web",
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "data": {"parallel_data": 2},
+    "tensor": {"parallel_tensor": 2},
+    "pipeline": {"parallel_pipeline": 2, "parallel_schedule": "zb-v"},
+}
+TIMES = ("tokens_per_s", "step_s", "gflops_per_rank", "data_s")
+
+
+@pytest.fixture(scope="module")
+def blend(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("corpora")
+    for number, name in enumerate(("web", "code")):
+        rng = np.random.default_rng(number)
+        with IndexedWriter(folder / name, vocab_size=61) as writer:
+            for length in rng.integers(5, 60, 50):
+                writer.add(rng.integers(0, 61, length))
+            writer.finish({})
+    return f"0.7 {folder}/web 0.3 {folder}/code"
+
+
+def go(folder: Path, blend: str, steps: int, **overrides: Any) -> list[dict[str, float]]:
+    """Train until `steps`; returns the metrics of all steps without times and traffic."""
+    degrees = [overrides.get(f"parallel_{axis}", 1) for axis in ("tensor", "pipeline", "data")]
+    options = {"lr_schedule_horizon_steps": 20, "train_steps": steps, "monitor_timeline_step": 0} | RAMP | overrides
+    resolved = resolve(int(np.prod(degrees)), data_train=blend, run_dir=folder, **options)
+
+    def job(ctx: ParallelContext) -> int:
+        return train(resolved, ctx, StopRequest())
+
+    assert set(run_ranks(resolved.derived.layout, job)) == {0}
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in TIMES and not k.startswith("bytes_")} for line in lines]
+
+
+def weights(folder: Path, steps: int) -> dict[str, np.ndarray]:
+    with Reader(folder / f"checkpoints/step_{steps:08d}") as reader:
+        return {name: reader.read_whole("model", name).numpy() for name in reader.shapes("model")}
+
+
+@pytest.fixture(scope="module")
+def one(blend: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, float]]]:
+    """The run on one process: (run folder, metrics)."""
+    folder = tmp_path_factory.mktemp("one")
+    return folder, go(folder, blend, 8)
+
+
+def test_the_metrics_follow_the_phases(one: tuple[Path, list[dict[str, float]]]) -> None:
+    metrics = one[1]
+    assert [line["global_batch_size"] for line in metrics] == BATCHES
+    assert [line["tokens"] for line in metrics] == [16 * sum(BATCHES[: step + 1]) for step in range(8)]
+    assert all(("loss_code" in line) == (line["step"] < 7) for line in metrics)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_equals_one_process(
+    layout: str, one: tuple[Path, list[dict[str, float]]], blend: str, tmp_path: Path
+) -> None:
+    many = go(tmp_path, blend, 8, **LAYOUTS[layout])
+    for found, expected in zip(many, one[1], strict=True):
+        assert found == pytest.approx(expected, rel=1e-11)
+    found, expected = weights(tmp_path, 8), weights(one[0], 8)
+    for name, values in expected.items():
+        assert np.abs(found[name] - values).max() <= 1e-10 * np.abs(values).max(), name
+
+
+@pytest.mark.parametrize("stop", [2, 3, 6], ids=["before a boundary", "inside a phase", "before new weights"])
+def test_stopping_and_resuming_changes_no_bit(
+    stop: int, one: tuple[Path, list[dict[str, float]]], blend: str, tmp_path: Path
+) -> None:
+    go(tmp_path, blend, stop)
+    assert go(tmp_path, blend, 8) == one[1]
+    found, expected = weights(tmp_path, 8), weights(one[0], 8)
+    assert all(np.array_equal(found[name], values) for name, values in expected.items())
+
+
+def test_a_run_resumes_inside_a_ramp_in_another_layout(
+    one: tuple[Path, list[dict[str, float]]], blend: str, tmp_path: Path
+) -> None:
+    go(tmp_path, blend, 3, **LAYOUTS["data"])
+    go(tmp_path, blend, 5, **LAYOUTS["pipeline"])
+    for found, expected in zip(go(tmp_path, blend, 8), one[1], strict=True):
+        assert found == pytest.approx(expected, rel=1e-11)
+
+
+def test_later_phases_may_change_and_past_ones_may_not(
+    one: tuple[Path, list[dict[str, float]]], blend: str, tmp_path: Path
+) -> None:
+    go(tmp_path, blend, 3)
+    changed = "phase from step 3: checkpoint {'global_batch_size': 8}, now {'global_batch_size': 12}"
+    with pytest.raises(AssertionError, match=f'(?s){re.escape(changed)}.*--checkpoint.allow "phase"'):
+        go(tmp_path, blend, 4, phase_1_global_batch_size=12)
+    with pytest.raises(AssertionError, match=r"phase from step 2: checkpoint None, now"):
+        go(tmp_path, blend, 4, phase_1_from_step=2)
+    later = go(tmp_path, blend, 6, phase_2_from_step=6, phase_2_global_batch_size=12)
+    assert [line["global_batch_size"] for line in later] == [4, 4, 8, 8, 8, 12]
+    assert later[:4] == one[1][:4]
+    allowed = go(
+        tmp_path,
+        blend,
+        8,
+        phase_1_from_step=2,
+        phase_2_from_step=7,
+        phase_3_from_step=8,
+        checkpoint_allow="phase data.mixture",
+    )
+    assert [line["global_batch_size"] for line in allowed] == [4, 4, 8, 8, 8, 12, 16, 8]
+    assert allowed[-1]["tokens"] == 16 * sum(line["global_batch_size"] for line in allowed)

@@ -24,7 +24,7 @@ from engine.checkpoint.format import Ancestor, Manifest
 from engine.config.group_table import GroupConfig
 from engine.config.schema import Config, LrScheduleConfig, OptimizerConfig
 from engine.config.skips import ranges_below, read_ranges
-from engine.data.samples.corpora import DECLARED_MIXTURE, USED_MIXTURE
+from engine.data.samples.corpora import DECLARED_MIXTURE, USED_LENGTH, USED_MIXTURE
 from engine.distributed.specs import ShardSpec
 from engine.errors import CheckpointError, ConfigError, FieldError
 from engine.optim.groups import group_of
@@ -203,7 +203,7 @@ def _past_fields(fields: Mapping[str, Any], step: int) -> dict[str, Any]:
     return {
         name: value
         for name, value in fields.items()
-        if not name.startswith(USED_MIXTURE)
+        if not name.startswith((USED_MIXTURE, USED_LENGTH))
         and (not name.startswith(DECLARED_MIXTURE) or int(name.removeprefix(DECLARED_MIXTURE)) < max(1, step))
     }
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 
 from engine.config.derived import BALANCED, chunks_of, data_degree, model_ranks
-from engine.config.model_checks import fp8_errors, model_errors, multiples_near
+from engine.config.model_checks import fp8_errors, model_errors, multiples_near, seq_len_errors
 from engine.config.phase_checks import ordered_phases, phase_errors
 from engine.config.schema import CheckpointConfig, Config
 from engine.config.skips import read_ranges
@@ -146,14 +146,6 @@ def _layer_list_errors(text: str, stages: int, num_layers: int) -> Iterator[Fiel
 
 def _train_errors(cfg: Config) -> Iterator[FieldError]:
     t, p = cfg.train, cfg.parallel
-    if p.sequence and t.seq_len % p.tensor and not cfg.model.num_heads % p.tensor:
-        yield FieldError(
-            "config.seq-len-not-a-multiple",
-            "train.seq_len",
-            t.seq_len,
-            f"is not a multiple of parallel.tensor = {p.tensor}, whose ranks shard the sequence",
-            f"Use {multiples_near(t.seq_len, p.tensor)}, or parallel.sequence false.",
-        )
     if p.keep_gathered and not (p.sequence and p.tensor > 1):
         fix = "Leave it out, or use parallel.tensor 2 or more with parallel.sequence true."
         yield FieldError(
@@ -186,18 +178,11 @@ def _train_errors(cfg: Config) -> Iterator[FieldError]:
             "Use main.",
         )
     yield from fp8_errors(cfg)
+    yield from seq_len_errors(cfg)
     if math.log2(t.loss_scale) % 1:
         problem, near = "is not a power of two, so scaling would round", 2 ** round(math.log2(t.loss_scale))
         yield FieldError(
             "config.loss-scale-not-a-power-of-two", "train.loss_scale", t.loss_scale, problem, f"Nearest: {near}."
-        )
-    if t.seq_len > cfg.model.max_seq_len:
-        yield FieldError(
-            "config.seq-len-too-long",
-            "train.seq_len",
-            t.seq_len,
-            f"is longer than model.max_seq_len = {cfg.model.max_seq_len}",
-            f"Set model.max_seq_len to {t.seq_len} or more.",
         )
     yield from _lr_schedule_errors(cfg)
 

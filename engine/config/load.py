@@ -29,7 +29,7 @@ from engine.config.derived import (
 from engine.config.idle import idle
 from engine.config.mixture import read_mixture
 from engine.config.model_checks import ROPE_SCALES
-from engine.config.phase_checks import weight_errors
+from engine.config.phase_checks import length_errors, weight_errors
 from engine.config.presets import PRESETS
 from engine.config.schema import Config, ModelConfig, fields, tables
 from engine.config.tree import ConfigTree, given_rows, rows_of, unknown_setting, value_at
@@ -154,7 +154,7 @@ def _data_errors(config: Config) -> Sequence[FieldError]:
     except ConfigError as error:
         return [*errors, *error.errors]
     wanted = mixture.fim if mixture is not None else (None,)
-    errors += weight_errors(config, mixture)
+    errors += [*weight_errors(config, mixture), *length_errors(config, mixture)]
     if data.fim_rate and all(fim is False for fim in wanted):
         errors.append(
             FieldError(

@@ -174,6 +174,27 @@ def _nearest_tensor(m: ModelConfig, to: int) -> int:
     return min((d for d in degrees if not kv % d or not d % kv), key=lambda d: (abs(d - to), d))
 
 
+def seq_len_errors(cfg: Config) -> Iterator[FieldError]:
+    """Errors of train.seq_len with the model and the tensor ranks."""
+    t, p = cfg.train, cfg.parallel
+    if p.sequence and t.seq_len % p.tensor and not cfg.model.num_heads % p.tensor:
+        yield FieldError(
+            "config.seq-len-not-a-multiple",
+            "train.seq_len",
+            t.seq_len,
+            f"is not a multiple of parallel.tensor = {p.tensor}, whose ranks shard the sequence",
+            f"Use {multiples_near(t.seq_len, p.tensor)}, or parallel.sequence false.",
+        )
+    if t.seq_len > cfg.model.max_seq_len:
+        yield FieldError(
+            "config.seq-len-too-long",
+            "train.seq_len",
+            t.seq_len,
+            f"is longer than model.max_seq_len = {cfg.model.max_seq_len}",
+            f"Set model.max_seq_len to {t.seq_len} or more.",
+        )
+
+
 def fp8_errors(cfg: Config) -> Iterator[FieldError]:
     """Errors of other values that train.fp8 does not support."""
     t, m = cfg.train, with_heads(cfg.model)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from engine.config.derived import data_degree
 from engine.config.mixture import Mixture
-from engine.config.model_checks import multiples_near
+from engine.config.model_checks import fp8_errors, multiples_near, seq_len_errors
 from engine.config.phases import Phases, phases_of
 from engine.config.schema import Config
 from engine.errors import FieldError
@@ -18,7 +19,9 @@ _SIZES = ("global_batch_size", "micro_batch_size")
 def phase_errors(cfg: Config, world: int, plan: Plan | None) -> Iterator[FieldError]:
     """Errors of the phases of a config for `world` ranks, [train] included. plan: of a plan file that fits step 1."""
     yield from _order_errors(cfg)
-    yield from _batch_errors(ordered_phases(cfg), data_degree(cfg.parallel, world), plan)
+    phases = ordered_phases(cfg)
+    yield from _batch_errors(phases, data_degree(cfg.parallel, world), plan)
+    yield from _shape_errors(cfg, phases)
 
 
 def ordered_phases(cfg: Config) -> Phases:
@@ -61,6 +64,27 @@ def _batch_errors(phases: Phases, data: int, plan: Plan | None) -> Iterator[Fiel
             problem = f"needs {phase.microbatches(data)} micro-batches; the plan file always has {plan.microbatches}"
             fix = "Keep global_batch_size / micro_batch_size, or name a schedule, which is built for each phase."
             yield FieldError("config.plan-does-not-fit", path, value, problem, fix)
+
+
+def _shape_errors(cfg: Config, phases: Phases) -> Iterator[FieldError]:
+    """Errors of the sequence lengths and micro-batches of phases with the model and the tensor ranks."""
+    for phase in phases.phases:
+        if phase.given & {"seq_len", "micro_batch_size"}:
+            sizes = {"seq_len": phase.seq_len, "micro_batch_size": phase.micro_batch_size}
+            here = cfg.model_copy(update={"train": cfg.train.model_copy(update=sizes)})
+            for error in (*seq_len_errors(here), *fp8_errors(here)):
+                if error.path == "train.seq_len":
+                    name = "seq_len" if "seq_len" in phase.given else "micro_batch_size"
+                    yield replace(error, path=f"phase.{phase.number}.{name}", value=getattr(phase, name))
+
+
+def length_errors(cfg: Config, mixture: Mixture | None) -> Iterator[FieldError]:
+    """Errors of sequence lengths of phases that the amounts of the blend do not allow."""
+    for number, row in enumerate(cfg.phase, 1):
+        if row.seq_len is not None and mixture is not None and mixture.kind != "weight":
+            problem = f"changes the length of samples, but the sources of data.train have {mixture.kind}"
+            fix = "Give the sources weights, which are shares of samples."
+            yield FieldError("config.settings-contradict", f"phase.{number}.seq_len", row.seq_len, problem, fix)
 
 
 def weight_errors(cfg: Config, mixture: Mixture | None) -> Iterator[FieldError]:

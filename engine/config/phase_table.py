@@ -25,6 +25,8 @@ class PhaseConfig(Section):
     """sequences per optimizer step from here on, as train.global_batch_size"""
     micro_batch_size: int | None = Field(None, ge=1)
     """sequences per forward pass of a rank from here on, as train.micro_batch_size"""
+    seq_len: int | None = Field(None, ge=2)
+    """tokens per sequence from here on, as train.seq_len; every source starts a new epoch there (docs/phases.md)"""
     weights: dict[str, _Weight] | None = None
     """weights of sources of the blend in data.train from here on, as { web = 0.2, code = 0.8 } in a file and "0.2 web
     0.8 code" on the command line; other sources keep theirs, 0 stops a source"""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from engine.config.schema import Config
 
-CHANGES_DATA = frozenset({"weights"})  # values after whose change losses are of other data
+CHANGES_DATA = frozenset({"weights", "seq_len"})  # values after whose change losses are of other data
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Phase:
 
     def __str__(self) -> str:
         text = f"global batch {self.global_batch_size}, micro-batch {self.micro_batch_size}"
+        if "seq_len" in self.given:
+            text += f", sequences of {self.seq_len} tokens"
         if "weights" in self.given:
             text += f", weights {', '.join(f'{name} {weight:g}' for name, weight in self.weights.items())}"
         return text

@@ -21,6 +21,7 @@ ROWS = st.lists(
         optional={
             "global_batch_size": st.integers(1, 6).map(lambda n: 4 * n),
             "micro_batch_size": st.sampled_from([1, 2, 4]),
+            "seq_len": st.sampled_from([16, 32, 48]),
             "weights": st.dictionaries(st.sampled_from("abc"), st.integers(0, 5).map(float), min_size=1),
         },
     ),
@@ -47,7 +48,7 @@ def test_a_count_step_by_step_agrees(drawn: list[dict[str, Any]], start: tuple[i
     assert run.consumed(step) == Position(*start)
     while step < 60:
         step += 1
-        holds: dict[str, Any] = {"global_batch_size": 8, "micro_batch_size": 1, "weights": {}}
+        holds: dict[str, Any] = {"global_batch_size": 8, "micro_batch_size": 1, "seq_len": 32, "weights": {}}
         for row in rows:
             if row["from_step"] <= step:
                 holds |= {name: value for name, value in row.items() if name in holds and name != "weights"}
@@ -56,7 +57,8 @@ def test_a_count_step_by_step_agrees(drawn: list[dict[str, Any]], start: tuple[i
         assert {name: getattr(phase, name) for name in holds} == holds
         assert phase.microbatches(ranks) == holds["global_batch_size"] // holds["micro_batch_size"] // ranks
         assert run.samples(step) == range(samples, samples + holds["global_batch_size"])
-        samples, tokens = samples + holds["global_batch_size"], tokens + 32 * holds["global_batch_size"]
+        samples += holds["global_batch_size"]
+        tokens += holds["seq_len"] * holds["global_batch_size"]
         assert run.consumed(step) == Position(step, samples, tokens)
         assert run.steps_to_read(samples) == step
         assert run.begins(step) == any(row["from_step"] == step for row in rows)
@@ -105,6 +107,30 @@ CASES: dict[str, tuple[dict[str, Any], int, tuple[str, str], str]] = {
         1,
         ("phase.1.global_batch_size", "config.plan-does-not-fit"),
         "needs 16 micro-batches; the plan file always has 8",
+    ),
+    "a longer sequence than the model's": (
+        {"phase.1.from_step": 9, "phase.1.seq_len": 4096},
+        1,
+        ("phase.1.seq_len", "config.seq-len-too-long"),
+        "model.max_seq_len = 2048",
+    ),
+    "a sequence that does not split": (
+        {"phase.1.from_step": 9, "phase.1.seq_len": 129, "parallel.tensor": 2},
+        2,
+        ("phase.1.seq_len", "config.seq-len-not-a-multiple"),
+        "Use 128 or 130",
+    ),
+    "fp8 and a micro-batch": (
+        {"phase.1.from_step": 9, "phase.1.seq_len": 24, "train.fp8": "tensorwise", "train.precision": "bf16"},
+        1,
+        ("phase.1.seq_len", "config.fp8-size-not-a-multiple"),
+        "16",
+    ),
+    "lengths of epochs": (
+        {"data.train": "epochs.toml", "phase.1.from_step": 9, "phase.1.seq_len": 64},
+        1,
+        ("phase.1.seq_len", "config.settings-contradict"),
+        "have epochs",
     ),
     "weights of one corpus": (
         {"data.train": "a", "phase.1.from_step": 9, "phase.1.weights": "1 a"},

@@ -140,3 +140,19 @@ def test_later_phases_may_change_and_past_ones_may_not(
     )
     assert [line["global_batch_size"] for line in allowed] == [4, 4, 8, 8, 8, 12, 16, 8]
     assert allowed[-1]["tokens"] == 16 * sum(line["global_batch_size"] for line in allowed)
+
+
+LONGER: dict[str, Any] = {"phase_1_seq_len": 24, "phase_3_seq_len": 8}
+
+
+def test_sequence_lengths_change_in_every_layout_and_on_resume(blend: str, tmp_path: Path) -> None:
+    """Lengths of 16, 24 and 8 tokens with a growing batch and changing weights."""
+    whole = go(tmp_path / "whole", blend, 8, **LONGER)
+    lengths = [16, 16, 24, 24, 24, 24, 8, 8]
+    assert [line["tokens"] for line in whole] == list(np.cumsum(np.multiply(BATCHES, lengths)))
+    for layout, options in LAYOUTS.items():
+        for found, expected in zip(go(tmp_path / layout, blend, 8, **LONGER, **options), whole, strict=True):
+            assert found == pytest.approx(expected, rel=1e-11)
+    for stop in (2, 5, 6):
+        go(tmp_path / f"stop{stop}", blend, stop, **LONGER)
+        assert go(tmp_path / f"stop{stop}", blend, 8, **LONGER) == whole

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -21,11 +21,13 @@ from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.keyed import derive_key
 from engine.data.samples.order import ORDER_VERSION, SampleOrder
 from engine.data.samples.special import fill_in_the_middle, masked_labels
+from engine.data.samples.staged import Length, StagedOrder
 from engine.data.samples.transforms import LossMask, SeparateDocuments, SkipSamples
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import ConfigError, DataError, FieldError
 
 DECLARED_MIXTURE = "mixture from step "  # data metadata: weights that data.train declares from that step on
+USED_LENGTH = "seq_len from sample "  # sequence lengths used from that sample on, if they change
 USED_MIXTURE = "mixture from sample "  # weights used from that sample on; final once the samples are consumed
 _MOST_NOTES = 12
 
@@ -40,7 +42,7 @@ class TrainingData:
     on), the first at step 0; () for one corpus. shares: messages about the blend.
     """
 
-    order: SampleOrder | BlendedOrder
+    order: SampleOrder | BlendedOrder | StagedOrder
     names: tuple[str, ...]
     metadata: dict[str, Any]
     notes: tuple[str, ...]
@@ -80,14 +82,14 @@ def open_training(cfg: Config, tokenizer: Tokenizer | None) -> TrainingData:
     notes = [f"fill-in-the-middle: {read_metadata['fim']}"] if "fim" in read_metadata else []
     if cfg.data.valid and fingerprint(open_data(cfg.data.valid, cfg, tokenizer)) in map(fingerprint, datasets):
         notes.append("validation uses the training corpus (data.valid), so its loss does not measure new text")
+    phases = phases_of(cfg)
     if len(datasets) == 1:
-        order = SampleOrder(datasets[0], cfg.train.seq_len, cfg.train.seed)
-        return TrainingData(order, (), metadata, tuple(notes), transforms, mixture)
+        order = SampleOrder(datasets[0], phases.at(1).seq_len, cfg.train.seed)
+        return resume_data(TrainingData(order, (), metadata, tuple(notes), transforms, mixture), cfg, phases)
     orders = [
-        SampleOrder(dataset, cfg.train.seq_len, derive_key(cfg.train.seed, "source", k))
+        SampleOrder(dataset, phases.at(1).seq_len, derive_key(cfg.train.seed, "source", k))
         for k, dataset in enumerate(datasets)
     ]
-    phases = phases_of(cfg)
     planned = _planned(mixture, phases, orders)
     for k, (name, dataset) in enumerate(zip(mixture.names, datasets)):
         metadata[f"source {k}, {name}"] = f"{dataset.num_documents} documents, {dataset.num_tokens} tokens"
@@ -106,25 +108,59 @@ def resume_data(data: TrainingData, cfg: Config, run: Phases, past: Mapping[str,
     own position. Weights of later phases take effect at their steps. If the sources have changed (and the resume was
     allowed), the blend is read as if it had always been the current one, and a note reports it.
     """
-    if not isinstance(data.order, BlendedOrder):
-        return data
     step, consumed = run.origin.step, run.origin.samples
+    lengths = _lengths(run, past or {})
+    lengthy = {f"{USED_LENGTH}{length.start}": length.seq_len for length in lengths if len(lengths) > 1}
+    base = data.order.stages[0] if isinstance(data.order, StagedOrder) else data.order
+    changes = bool(lengthy) or lengths[0].seq_len != base.seq_len
+    if isinstance(base, SampleOrder):
+        staged = StagedOrder([base], (), lengths)
+        metadata = {k: v for k, v in data.metadata.items() if not k.startswith(USED_LENGTH)} | lengthy
+        notes = tuple(_length_notes(staged, ("the corpus",)))
+        return replace(data, order=staged if changes else base, metadata=metadata, shares=notes)
     drawn = [phase for phase in _drawn(data.names, past or {}) if phase.start < consumed]
     since, weights = max(change for change in data.planned if change[0] <= step)
     phases = list(drawn)
     if not drawn or since == step or drawn[-1].weights != weights:
         phases.append(BlendPhase(consumed if drawn else 0, weights))
     phases += [BlendPhase(run.consumed(at).samples, weights) for at, weights in data.planned if at > step]
-    metadata = {name: value for name, value in data.metadata.items() if not name.startswith(USED_MIXTURE)}
+    used = (USED_MIXTURE, USED_LENGTH)
+    metadata = {name: value for name, value in data.metadata.items() if not name.startswith(used)} | lengthy
     metadata |= {f"{USED_MIXTURE}{phase.start}": _format_weights(data.names, phase.weights) for phase in phases}
-    order = BlendedOrder(data.order.orders, phases)
+    staged = StagedOrder(base.orders, phases, lengths)
+    blend = BlendedOrder(base.orders, phases)
     total = run.consumed(max(step, cfg.train.steps)).samples
-    notes = _notes(data.mixture, order, cfg, run, total)
+    reported = _notes(data.mixture, blend, staged.epochs(total), cfg, run, total)
+    reported += _length_notes(staged, data.names)
     if consumed and not drawn and any(name.startswith(USED_MIXTURE) for name in past or {}):
-        notes.insert(
+        reported.insert(
             0, "the checkpoint's sources have other names: the blend is read as if it had always been the current one"
         )
-    return replace(data, order=order, metadata=metadata, shares=tuple(notes))
+    return replace(data, order=staged if changes else blend, metadata=metadata, shares=tuple(reported))
+
+
+def _lengths(run: Phases, past: Mapping[str, Any]) -> list[Length]:
+    """The sequence lengths of a run by sample: those used so far as in the data metadata `past`, then its phases'."""
+    step, consumed = run.origin.step, run.origin.samples
+    used = {name.removeprefix(USED_LENGTH): value for name, value in past.items() if name.startswith(USED_LENGTH)}
+    found = sorted(
+        (Length(int(start), int(value)) for start, value in used.items() if int(start) < consumed),
+        key=lambda length: length.start,
+    )
+    found = found or [Length(0, run.at(step).seq_len)]
+    for phase in run.phases:
+        begin = max(step, phase.first_step - 1)
+        if phase is run.at(begin + 1) and phase.seq_len != found[-1].seq_len:
+            found.append(Length(run.consumed(begin).samples, phase.seq_len))
+    return found
+
+
+def _length_notes(order: StagedOrder, names: Sequence[str]) -> Iterator[str]:
+    """Messages: where the sequence length changes, and how much of each source was read until then."""
+    for length in order.lengths[1:]:
+        read = ", ".join(f"{name} {count:.3g}" for name, count in zip(names[:_MOST_NOTES], order.epochs(length.start)))
+        begin = f"sequences of {length.seq_len} tokens from sample {length.start:,}"
+        yield f"{begin}: every source starts a new epoch, after {read} epochs"
 
 
 def _format_weights(names: Sequence[str], weights: Sequence[int]) -> str:
@@ -283,13 +319,14 @@ def _planned(mixture: Mixture, run: Phases, orders: list[SampleOrder]) -> tuple[
     return tuple(planned)
 
 
-def _notes(mixture: Mixture, order: BlendedOrder, cfg: Config, run: Phases, total: int) -> list[str]:
+def _notes(
+    mixture: Mixture, order: BlendedOrder, epochs: Sequence[float], cfg: Config, run: Phases, total: int
+) -> list[str]:
     """Messages: how often the run reads each source in `total` samples, and whether its length fits the amounts."""
     counts = order.counts(total).tolist()
     notes = [
-        f"source {name}: {count:,} of {total:,} samples ({count / total:.2%}), "
-        f"{count / one.samples_per_epoch:.3g} epochs"
-        for name, count, one in zip(mixture.names, counts, order.orders[:_MOST_NOTES])
+        f"source {name}: {count:,} of {total:,} samples ({count / total:.2%}), {times:.3g} epochs"
+        for name, count, times in zip(mixture.names[:_MOST_NOTES], counts, epochs)
     ]
     if len(counts) > _MOST_NOTES:
         notes.append(f"... and {len(counts) - _MOST_NOTES} more sources")

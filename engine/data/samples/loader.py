@@ -27,9 +27,7 @@ from engine.errors import DataError
 
 
 class Order(Protocol):
-    """Samples by global number: a SampleOrder or a BlendedOrder."""
-
-    seq_len: int
+    """Samples by global number: a SampleOrder, a BlendedOrder or a StagedOrder."""
 
     def gather(self, samples: Int64Array) -> Int64Array:
         """Tokens of samples int64 [n]; int64 [n, seq_len + 1]."""

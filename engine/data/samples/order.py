@@ -81,12 +81,13 @@ class SampleOrder:
         self._make: type[Stream] = module.Stream if module else Stream
         self._blocks = min(blocks or blocks_of(len(dataset)), len(dataset))
         self._group_blocks = group_blocks
-        self._begin = 0
+        self._begin = self._first_epoch = 0
         self._recent: dict[int, Stream] = {}
 
-    def begin_at(self, sample: int) -> None:
-        """Make sample number `sample` the first of epoch 0; earlier samples cannot be read."""
+    def begin_at(self, sample: int, epoch: int | None = None) -> None:
+        """Make sample number `sample` the first of an epoch, usually 0; earlier samples cannot be read."""
         self._begin = sample
+        self._first_epoch = self._first_epoch if epoch is None else epoch
 
     def gather(self, samples: Int64Array) -> Int64Array:
         """Tokens of global samples int64 [n] in any order and of any epochs; int64 [n, seq_len + 1].
@@ -100,7 +101,7 @@ class SampleOrder:
                 f"sample numbers: expected int64 [n], each >= {self._begin}, got shape {samples.shape}: "
                 f"{samples + self._begin}",
             )
-        epochs = samples // self.samples_per_epoch
+        epochs = samples // self.samples_per_epoch + self._first_epoch
         if len(samples) and epochs.min() == epochs.max():  # the usual case, without another copy
             epoch = int(epochs[0])
             return self._read(epoch, self._positions(epoch, samples % self.samples_per_epoch), self.seq_len + 1)
@@ -119,8 +120,8 @@ class SampleOrder:
     def parts(self, sample: int) -> list[Piece]:
         """Pieces of a global sample: (document, offset in it, number of tokens) in order. For inspection; not fast."""
         epoch, number = divmod(sample - self._begin, self.samples_per_epoch)
-        (position,) = self._positions(epoch, np.array([number], np.int64)).tolist()
-        return self._stream(epoch).parts(position, self.seq_len + 1)
+        (position,) = self._positions(epoch + self._first_epoch, np.array([number], np.int64)).tolist()
+        return self._stream(epoch + self._first_epoch).parts(position, self.seq_len + 1)
 
     def sources(self, samples: Int64Array) -> Int64Array:
         """Source of each of samples int64 [n]: all 0, as there is only one; int64 [n]."""

@@ -6,6 +6,7 @@ from .patch import Mutation
 
 COUNT = ("test_a_count_step_by_step_agrees",)
 CHANGED = ("test_later_phases_may_change_and_past_ones_may_not",)
+STAGED = ("test_every_length_reads_epochs_of_its_order",)
 
 MUTATIONS = [
     Mutation(
@@ -38,7 +39,7 @@ MUTATIONS = [
         "engine.train.state:TrainState.plan",
         "self.derived.plan_of(self.phase)",
         "self.derived.first_plan",
-        ("test_every_layout_equals_one_process",),
+        ("test_one_process_equals_plain_torch",),
     ),
     Mutation(
         "loss_normalised_by_the_first_batch",
@@ -55,6 +56,22 @@ MUTATIONS = [
         "state.phases = state.phases.resumed(begin)",
         "pass",
         CHANGED,
+    ),
+    Mutation(
+        "length_restarts_the_epochs",
+        "a new sequence length begins with the shuffle of epoch 0 again",
+        "engine.data.samples.staged:StagedOrder.__init__",
+        "order.begin_at(sample, epoch)",
+        "order.begin_at(sample, 0)",
+        STAGED,
+    ),
+    Mutation(
+        "length_restarts_the_samples",
+        "a new sequence length skips as many samples as were read before",
+        "engine.data.samples.staged:StagedOrder.__init__",
+        "order.begin_at(sample, epoch)",
+        "order.begin_at(0, epoch)",
+        STAGED,
     ),
     Mutation(
         "past_phases_not_compared",

@@ -1,8 +1,8 @@
 """Samples of a run whose sequence length changes.
 
 Each length has an order of its samples, as defined in order.py for this length. From the sample at which a length
-begins, every source starts a new epoch in that order. The numbers of samples and of epochs continue, so no shuffle is used
-twice. The rest of the epoch before is not read; a message at the start of the run says how much that is.
+begins, every source starts a new epoch in that order. Samples and epochs are numbered on, so no shuffle is used twice.
+The rest of the epoch before is not read; a message at the start of the run says how much that is.
 """
 
 from __future__ import annotations

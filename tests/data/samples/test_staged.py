@@ -1,4 +1,4 @@
-"""Changing sequence lengths: each length reads whole epochs of a separate order, counted by brute force.
+"""Changing sequence lengths: each length reads whole epochs of a separate order, counted by brute force."""
 
 from __future__ import annotations
 

@@ -733,6 +733,7 @@ def test_dry_run_for_4096_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     saved = 4 * (
         4 * hidden + 2 * 512 * 4 + core + tokens * 2 * 3 * 1792
     )  # inputs, stats, core, gate|up and its product
+    saved += tokens * 128 * 2  # the RoPE table
     alive = [8 * (9 * tokens + saved + hidden), *((8 - i) * (saved + hidden) for i in range(1, 7))]
     alive.append(saved + 2 * hidden + 512 * 4)
     assert [row[4] for row in stages] == [f"{size / 2**30:,.3f} GiB" for size in alive]

@@ -21,8 +21,14 @@ Graph = dict[str, set[str]]  # box -> boxes that it imports
 PARTS = {
     "distributed.layout": "layout",
     "distributed.board": "layout",
+    "distributed.specs": "layout",
     "interop.huggingface.families": "families",
     "interop.huggingface.config_json": "families",
+    "interop.huggingface.windows": "families",
+    "model.declarations": "declarations",
+    "model.build": "declarations",
+    "optim.groups": "groups",
+    "optim.update_rules": "groups",
     **{f"pipeline.{name}": "plans" for name in ("actions", "passes", "check", "schedules", "simulate", "shares")},
     **{
         f"pipeline.{name}": "plans" for name in ("list_schedules", "improve", "search", "timeline", "draw", "torch_csv")
@@ -32,7 +38,9 @@ PARTS = {
 TEXTS = {
     "errors": "codes, exit codes",
     "util": "files, locks, signals",
-    "layout": "rank grid, no torch",
+    "layout": "rank grid, specs, no torch",
+    "declarations": "what a model holds and costs",
+    "groups": "parameter groups",
     "families": "Hugging Face tables",
     "plans": "schedules, check, search",
     "config": "settings and checks",
@@ -53,7 +61,7 @@ TEXTS = {
     "train": "setup, step, loop",
     "cli": "the engine command",
 }
-CORE = {"errors", "layout", "plans", "config", "batch", "distributed", "ops", "parallel", "model", "pipeline", "optim"}
+CORE = {"errors", "layout", "plans", "declarations", "groups", "config", "batch", "distributed", "ops", "parallel", "model", "pipeline", "optim"}
 CORE |= {"evaluate", "train"}  # as CORE of tests/test_house.py
 WIDTH, HEIGHT, GAP, ROW = 168, 44, 24, 84
 

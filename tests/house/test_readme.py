@@ -185,7 +185,7 @@ def test_the_places_that_a_page_names_exist(page: str) -> None:
 
 def test_a_planted_place_is_missing() -> None:
     assert all(len(list(named((ROOT / page).read_text()))) > 60 for page in MAPS)
-    text = "`engine/optim/adam.py` and `engine/train/step.py: train_steps`, `batch.py: Collator`"
+    text = "`engine/optim/adam.py` and `engine/train/step.py: train_steps`, `batch.py: micro_batches`"
     assert missing(text) == ["engine/optim/adam.py", "engine/train/step.py: train_steps"]
 
 

@@ -147,14 +147,14 @@ def _groups(cfg: Config) -> Table:
     for spec in parameter_specs(cfg.model):
         group = group_of(spec, cfg.optimizer)
         counts[group] = counts.get(group, 0) + sum(math.prod(chunk.shape) for chunk in spec.chunks)
-    columns = ("group", "selects", "parameters", "peak learning rate", "weight decay", "rule")
+    columns = (Column("group", no_wrap=True), "selects", "parameters", "peak learning rate", "weight decay", "rule")
     table = Table(*columns, title="Parameter groups")
     table.title_justify = "left"
     for group in sorted(counts, key=lambda g: (g.row or len(cfg.optimizer.groups) + 1, -g.weight_decay)):
         name, selects = "others", ""
         if group.row:
             row = cfg.optimizer.groups[group.row - 1]
-            name, selects = f"optimizer.groups.{group.row}", " ".join(filter(None, (row.names, row.role)))
+            name, selects = f"groups.{group.row}", " ".join(filter(None, (row.names, row.role)))
         trained = (f"{cfg.optimizer.lr * group.lr_factor:g}", f"{group.weight_decay:g}", group.rule)
         table.add_row(name, escape(selects), f"{counts[group]:,}", *(("frozen", "", "") if group.frozen else trained))
     return table

@@ -180,7 +180,8 @@ class ParallelConfig(Section):
     halves the traffic but rounds each rank's part and every partial sum, so the result depends on the number of data
     ranks"""
     bucket_mib: float = Field(32.0, gt=0)
-    """size of a gradient bucket in MiB; larger: fewer collectives; smaller: the overlap starts earlier"""
+    """size in MiB at which the gradients of a block are split into several buckets; no bucket spans two blocks;
+    smaller: the overlap starts earlier; larger: fewer collectives"""
     overlap: bool = True
     """reduce each gradient bucket across data ranks while the rest of the backward runs"""
     overlap_gather: bool = True

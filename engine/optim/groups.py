@@ -47,8 +47,10 @@ def group_of(spec: ShardSpec, cfg: OptimizerConfig) -> ParameterGroup:
     usual = 0.0 if spec.role is Role.VECTOR else cfg.weight_decay
     for number, row in enumerate(cfg.groups, 1):
         if all(_matches(row, chunk.name, spec.role) for chunk in spec.chunks):
+            if row.frozen:
+                return ParameterGroup(number, cfg.rule, 1.0, 0.0, frozen=True)
             decay = usual if row.weight_decay is None else row.weight_decay
-            return ParameterGroup(number, row.rule or cfg.rule, row.lr_factor, decay, row.frozen)
+            return ParameterGroup(number, row.rule or cfg.rule, row.lr_factor, decay)
     return ParameterGroup(0, cfg.rule, 1.0, usual)
 
 

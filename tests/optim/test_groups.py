@@ -16,8 +16,11 @@ from engine.config.schema import Config
 from engine.distributed.context import ParallelContext, make_context
 from engine.distributed.layout import Layout
 from engine.distributed.sharding import units
+from engine.distributed.specs import Role
 from engine.errors import CheckpointError, ConfigError, DamageError
+from engine.model.layers import Build
 from engine.model.transformer import StageShape, Transformer
+from engine.ops import linear, loss
 from engine.optim.groups import group_of
 from engine.optim.update_rules import MODEL
 from engine.train.resume import resume, save_state
@@ -65,7 +68,7 @@ def group_table(cfg: Config) -> dict[str, tuple[int, float, float, bool]]:
 def test_the_first_row_that_matches_wins() -> None:
     cfg = config(1, **TINY | {"model_tie_embeddings": False}, optimizer_groups=MIXED, optimizer_weight_decay=0.3)
     table = group_table(cfg)
-    assert table["embed.weight"] == (1, 1.0, 0.3, True)
+    assert table["embed.weight"] == (1, 1.0, 0.0, True)
     assert table["layers.0.attention.q_norm.weight"] == (1, 1.0, 0.0, True)
     assert table["layers.1.mlp.down.weight"] == table["layers.1.attention.k.weight"] == (2, 0.5, 0.3, False)
     assert table["layers.0.mlp.down.weight"] == (0, 1.0, 0.3, False)
@@ -163,12 +166,28 @@ def test_no_gradient_is_sent_to_a_frozen_prefix(schedule: str) -> None:
     assert first[1] == 0 and last[1] == 1 and last[2] > first[2] > 0
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_no_weight_gradient_is_computed_for_frozen_matrices(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a trainable embedding, gradients pass through frozen matrices; no weight gradient is computed."""
+    rows = ({"role": "matrix", "frozen": "true"}, {"role": "head", "frozen": "true"})
+    options = TINY | {"model_tie_embeddings": False, "optimizer_groups": rows}
+    cfg = config(1, **options, parallel_schedule=schedule)
+    computed: list[str] = []
+    monkeypatch.setattr(linear, "accumulate", lambda weight, *_: computed.append(weight.name))
+    monkeypatch.setattr(loss, "add_outer_", lambda *_: computed.append("head"))
+    ctx = make_context(Layout(), 0, dtype=torch.float64)
+    state = setup(cfg, ctx)
+    train_step(state, random_batches(cfg, ctx, 0))
+    assert not computed
+    assert all((p.main_grad is None) is (p.spec.role in (Role.MATRIX, Role.HEAD)) for p in state.params)
+
+
 def test_a_bucket_belongs_to_one_unit() -> None:
     """A block, the embeddings, or the final norm with the head; several only if a unit is larger than a bucket."""
     options = {"model_positions": "learned", "model_norm": "layernorm", "model_qkv_bias": True}
     cfg = config(1, **options, parallel_bucket_mib=100, optimizer_groups=MIXED[1:])
     ctx = make_context(Layout(), 0, dtype=torch.float64)
-    model = Transformer(cfg.model, ctx, StageShape(range(4), True, True))
+    model = Transformer(cfg.model, Build(ctx), StageShape(range(4), True, True))
     owner = {p.name: index for index, unit in enumerate(units(model)) for p in unit}
     assert len(set(owner.values())) == 6
     for mib in (100, 0.02):

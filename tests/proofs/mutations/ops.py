@@ -154,4 +154,28 @@ MUTATIONS = [
         "torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=1)",
         hf("qwen3"),
     ),
+    Mutation(
+        "recomputed_block_behind_frozen_input",
+        "a recomputed block whose input needs no gradient gets none for its parameters (pytorch: reentrant checkpoint)",
+        "engine.ops.recompute:recompute",
+        "_Recompute.apply(function, len(inputs), *inputs, *trainable)",
+        "_Recompute.apply(function, len(inputs), *inputs)",
+        ("test_recomputation_changes_no_bit_behind_frozen_parameters[full]",),
+    ),
+    Mutation(
+        "weight_gradient_of_a_frozen_matrix_deferred",
+        "a split backward computes the gradients of frozen matrices in W",
+        "engine.ops.linear:_Linear.backward",
+        "deferred is not None and ctx.needs_input_grad[1]",
+        "deferred is not None",
+        ("test_no_weight_gradient_is_computed_for_frozen_matrices[zb-h1]",),
+    ),
+    Mutation(
+        "gradient_of_a_frozen_head",
+        "the head's weight gradient is computed although it is frozen",
+        "engine.ops.loss:_LinearCrossEntropy.forward",
+        "into is not None",
+        "True",
+        ("test_no_weight_gradient_is_computed_for_frozen_matrices[1f1b]",),
+    ),
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from .catchers import PLAIN_MATMUL, RESUME, norms, small
 from .patch import Mutation
 
+TORCH_GROUPS = ("test_groups_equal_the_parameter_groups_of_torch",)
+
 MUTATIONS = [
     Mutation(
         "norm_counts_padding",
@@ -99,5 +101,77 @@ MUTATIONS = [
         "False",
         ("test_grad_scale_scales_the_update",),
         path="torch",
+    ),
+    Mutation(
+        "frozen_weight_updated",
+        "a frozen parameter has no gradient, but its weight decay is applied",
+        "engine.train.state:setup",
+        "p.freeze()",
+        "p.requires_grad_(False)",
+        TORCH_GROUPS,
+    ),
+    Mutation(
+        "factor_of_another_group",
+        "all ranges of the buckets get the learning-rate factor of the first",
+        "engine.optim.optimizer:Optimizer.step",
+        "group.lr_factor",
+        "self.runs[0].group.lr_factor",
+        TORCH_GROUPS,
+    ),
+    Mutation(
+        "group_without_decay_decays",
+        "weight_decay 0 of a group is taken for a value that is not given",
+        "engine.optim.groups:group_of",
+        "row.weight_decay is None",
+        "not row.weight_decay",
+        TORCH_GROUPS,
+    ),
+    Mutation(
+        "last_group_wins",
+        "a later row replaces the first one that matches",
+        "engine.optim.groups:group_of",
+        "enumerate(cfg.groups, 1)",
+        "reversed(list(enumerate(cfg.groups, 1)))",
+        ("test_the_first_row_that_matches_wins",),
+    ),
+    Mutation(
+        "owners_lost_on_save",
+        "with owners of whole parameters, each replica still saves an equal range, which it did not update",
+        "engine.optim.optimizer:Optimizer.states",
+        "bucket.owned_range",
+        "range(*(len(bucket.values) * (bucket.axis.rank + i) // bucket.axis.size for i in (0, 1)))",
+        ("test_a_resume_in_another_layout_continues",),
+    ),
+    Mutation(
+        "whole_matrix_from_every_rank",
+        "ranks that share a KV head each add a part to the whole matrix",
+        "engine.optim.optimizer:gather_whole",
+        "all_gather(x[None], axis)[:: axis.size // cut.parts]",
+        "all_gather(x[None], axis)[:: 1]",
+        ("test_a_rule_of_whole_matrices_equals_one_process[data2-zero1-tensor2]",),
+    ),
+    Mutation(
+        "rounded_weights_of_a_rule_not_written",
+        "a rule that does not round the weights itself trains master weights only",
+        "engine.optim.optimizer:Optimizer.step",
+        "view.low.copy_(view.master)",
+        "view.low",
+        ("test_bf16_weights_are_the_rounded_master_weights",),
+    ),
+    Mutation(
+        "frozen_parameter_saved_by_all",
+        "every replica writes all of a frozen parameter",
+        "engine.optim.optimizer:_share",
+        "min((axis.rank + 1) * share, count)",
+        "count",
+        ("test_frozen_parameters_in_checkpoints_of_all_layouts",),
+    ),
+    Mutation(
+        "new_state_without_permission",
+        "a parameter that was frozen starts with zero state without a word",
+        "engine.checkpoint.lineage:missing_states",
+        "not set(group_of(spec, cfg.optimizer).states) <= set(group_of(spec, old).states)",
+        "not spec",
+        ("test_a_resume_with_other_groups_needs_permission",),
     ),
 ]

@@ -64,4 +64,28 @@ MUTATIONS = [
         "self.reducing.value",
         LATE,
     ),
+    Mutation(
+        "whole_parameters_not_summed_over_the_replicas",
+        "gradients are summed only where replicas own equal ranges",
+        "engine.parallel.gradients:Bucket.start_reduction",
+        "(reduce_scatter_start if self.zero and self.even else all_reduce_start)(x, self.axis)",
+        "all_reduce_start(x, self.axis) if self.even else Pending(x)",
+        ("test_a_rule_of_whole_matrices_equals_one_process[data2-zero0]",),
+    ),
+    Mutation(
+        "bucket_reduced_at_its_first_gradient",
+        "a bucket with the gradients of several matrices is reduced when the first has arrived",
+        "engine.parallel.gradients:GradBuckets.expect_last_gradients",
+        "sum(id(p) in wanted for p in b.params)",
+        "min(1, sum(id(p) in wanted for p in b.params))",
+        small("zero"),
+    ),
+    Mutation(
+        "buckets_across_blocks",
+        "a bucket holds parameters of two blocks",
+        "engine.distributed.sharding:units",
+        "[unit for unit in found if unit]",
+        "[a + b for a, b in zip(found[::2], [*found[1::2], []])]",
+        ("test_a_bucket_belongs_to_one_unit",),
+    ),
 ]

@@ -79,16 +79,21 @@ template <class T>
 void rope_backward(Heads<const T> q, Heads<const T> k, Heads<const T> v, const T* cos, const T* sin, T* fused,
                    HeadShape shape, int threads);
 
+// Sizes of attention: the s queries are the last of `keys` positions; b samples, n query and m KV heads of d values.
+struct AttentionShape {
+    int64_t s, keys, b, n, m, d;
+};
+
 // Causal attention of float32 heads, softmax over scale * q k. out [s, b, n * d]; lse [b, n, s]: log-sum-exp of the
-// scores. shape.r is not used. begin [b, s] (null: all zeros): query i attends to keys begin[i] .. i; non-decreasing
-// along a sample. Needs AVX2: attention_runs returns whether the processor has it.
+// scores. begin [b, s] (null: all zeros): query i, at position p = keys - s + i, attends to keys begin[i] .. p;
+// non-decreasing along a sample. Needs AVX2: attention_runs returns whether the processor has it.
 bool attention_runs();
 void attention(Heads<const float> q, Heads<const float> k, Heads<const float> v, const int64_t* begin, float* out,
-               float* lse, HeadShape shape, double scale, int threads);
+               float* lse, AttentionShape shape, double scale, int threads);
 // grad: the gradient of out, as heads.
 void attention_backward(Heads<const float> grad, Heads<const float> q, Heads<const float> k, Heads<const float> v,
                         const int64_t* begin, const float* out, const float* lse, Heads<float> gq, Heads<float> gk,
-                        Heads<float> gv, HeadShape shape, double scale, int threads);
+                        Heads<float> gv, AttentionShape shape, double scale, int threads);
 
 // For rows of v logits, over the first `valid` columns: stats[0][row] = max, [1] = sum exp(x - max), [2] = x[target].
 // If target < 0 or >= valid, another rank has the target's logit, and [2] is 0.

@@ -17,22 +17,23 @@ Matrix matrix(const Tensor& x, const char* name) {
     return {data<float>(x), x.size(0) <= 1 && col != 1 ? 1 : row, x.size(1) <= 1 && row != 1 ? 1 : col};
 }
 
-HeadShape require_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& begin, const char* op) {
-    require_heads(q, k, v, op);
-    const int64_t b = q.size(0), n = q.size(1), s = q.size(2), d = q.size(3), m = k.size(1);
+AttentionShape require_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& begin, const char* op) {
+    require_heads(q, k, v, op, true);
+    const int64_t b = q.size(0), n = q.size(1), s = q.size(2), d = q.size(3), m = k.size(1), keys = k.size(2);
+    require(s <= keys, op, "q has " + std::to_string(s) + " positions, k " + std::to_string(keys));
     require_type(q.scalar_type() == at::kFloat, op, std::string("expected float32, got ") + toString(q.scalar_type()));
     require(m > 0 && n % m == 0, op, "q has " + std::to_string(n) + " heads, k " + std::to_string(m));
     if (begin) {
         require_typed(*begin, at::kLong, {b, s}, q, op, "begin");
         const int64_t* first = data<int64_t>(*begin);
         for (int64_t i = 0; i < b * s; i++)
-            require(first[i] >= (i % s ? first[i - 1] : 0) && first[i] <= i % s, op,
+            require(first[i] >= (i % s ? first[i - 1] : 0) && first[i] <= keys - s + i % s, op,
                     "begin[" + std::to_string(i / s) + ", " + std::to_string(i % s) + "] is " +
                         std::to_string(first[i]) +
                         ": expected at least the previous one (or 0) and at most its own position");
     }
     require(trident::attention_runs(), op, "this processor has no AVX2");
-    return {s, b, n, m, d, 0};
+    return {s, keys, b, n, m, d};
 }
 
 }  // namespace
@@ -55,7 +56,7 @@ void mm_(Tensor& out, const Tensor& a, const Tensor& b, bool add) {
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& begin,
                                      double scale) {
-    const HeadShape x = require_attention(q, k, v, begin, "attention");
+    const AttentionShape x = require_attention(q, k, v, begin, "attention");
     Tensor out = at::empty({x.s, x.b, x.n * x.d}, q.options()), lse = at::empty({x.b, x.n, x.s}, q.options());
     if (out.numel() > 0)
         trident::attention(heads<const float, float>(q), heads<const float, float>(k), heads<const float, float>(v),
@@ -67,12 +68,12 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const 
                                                       const Tensor& v, const Tensor& out, const Tensor& lse,
                                                       const Optional& begin, double scale) {
     const char* op = "attention_backward";
-    const HeadShape x = require_attention(q, k, v, begin, op);
+    const AttentionShape x = require_attention(q, k, v, begin, op);
     require_like(grad, {x.s, x.b, x.n * x.d}, q, op, "grad");
     require_like(out, {x.s, x.b, x.n * x.d}, q, op, "out");
     require_like(lse, {x.b, x.n, x.s}, q, op, "lse");
-    Tensor gq = at::empty({x.b, x.n, x.s, x.d}, q.options()), gk = at::empty({x.b, x.m, x.s, x.d}, q.options());
-    Tensor gv = at::empty({x.b, x.m, x.s, x.d}, q.options());
+    Tensor gq = at::empty({x.b, x.n, x.s, x.d}, q.options()), gk = at::empty({x.b, x.m, x.keys, x.d}, q.options());
+    Tensor gv = at::empty({x.b, x.m, x.keys, x.d}, q.options());
     const Heads<const float> g{data<float>(grad), x.n * x.d, x.d, x.b * x.n * x.d};
     if (out.numel() > 0)
         trident::attention_backward(g, heads<const float, float>(q), heads<const float, float>(k),

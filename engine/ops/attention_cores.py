@@ -165,7 +165,7 @@ _TORCH = {"documents": False, "windows": False, "fewer_queries": False}
 CORES: dict[str, Core] = {
     core.name: core
     for core in (
-        Core("own", _custom, bidirectional=False, fewer_queries=False),
+        Core("own", _custom, bidirectional=False),
         Core("cudnn", partial(_sdpa_backends, [_CUDNN, _FLASH]), **_TORCH),
         Core("flash", partial(_sdpa_backends, [_FLASH]), **_TORCH),
         Core("varlen", _varlen, fewer_queries=False),

@@ -209,15 +209,16 @@ void same(const std::vector<float>& values, const std::vector<float>& first, con
 
 void attentions() {
     const int64_t b = pick(1, 2), m = pick(1, 2), n = m * pick(1, 3), s = pick(0, 3) ? pick(1, 90) : pick(500, 640);
-    const int64_t d = pick(1, 80);
-    const auto q = view<float>(true, b, n, s, d), k = view<float>(true, b, m, s, d), v = view<float>(true, b, m, s, d);
-    const auto empty_q = view<float>(false, b, n, s, d), empty_k = view<float>(false, b, m, s, d);
+    const int64_t d = pick(1, 80), before = pick(0, 1) ? pick(0, 100) : 0, keys = before + s;
+    const auto q = view<float>(true, b, n, s, d);
+    const auto k = view<float>(true, b, m, keys, d), v = view<float>(true, b, m, keys, d);
+    const auto empty_q = view<float>(false, b, n, s, d), empty_k = view<float>(false, b, m, keys, d);
     std::vector<int64_t> begin;
     for (int64_t i = 0; i < b * s; i++)
-        begin.push_back(i % s == 0 ? 0 : pick(0, 7) ? begin.back() : pick(begin.back(), i % s));
+        begin.push_back(i % s == 0 ? pick(0, before) : pick(0, 7) ? begin.back() : pick(begin.back(), before + i % s));
     const int64_t* documents = pick(0, 2) ? begin.data() : nullptr;
     const auto grad = draw<float>(s * b * n * d);
-    const HeadShape shape{s, b, n, m, d, 0};
+    const AttentionShape shape{s, keys, b, n, m, d};
     std::vector<std::vector<float>> first;
     for (const Tiles* tiles : all_tiles()) {
         auto gq = again(empty_q), gk = again(empty_k), gv = again(empty_k);

@@ -3,8 +3,9 @@
 // One task is one sample and one KV head. Its query heads are processed in sequence, so that with grouped queries the
 // gradients of k and v are summed in one place and k and v are never repeated. Queries are processed in blocks of rows:
 // few enough rows that a block's scores over all keys stay in L2, and enough that the keys are not re-read too often.
-// Tiles beyond the diagonal are skipped, and with document masking also tiles before the first key that a row attends
-// to. The sums of a row run over the keys in order, so results do not depend on threads or on other samples.
+// Tiles beyond the diagonal are skipped, and so are tiles before the first key that a row attends
+// to: the start of its document, or of its sliding window. The sums of a row run over the keys in order, so results do
+// not depend on threads or on other samples.
 #pragma once
 
 #include <vector>
@@ -27,14 +28,18 @@ struct Begin {
     int64_t operator[](int64_t row) const { return p ? p[row] : 0; }
 };
 
-// Sizes and strides of one call. ld, dd: number of keys and d, rounded up to whole tiles; rows: per block of queries.
+// Sizes and strides of one call. ld, dd: number of keys and d, rounded up to whole tiles; rows: per block of queries;
+// before: positions before the first query.
 struct Plan {
-    HeadShape x;
-    int64_t ld, dd, rows;
+    AttentionShape x;
+    int64_t ld, dd, before, rows;
     float scale;
-    explicit Plan(HeadShape shape, double s) : x(shape), ld(up(shape.s, NR)), dd(up(shape.d, NR)), scale(float(s)) {
+    explicit Plan(AttentionShape shape, double s)
+        : x(shape), ld(up(shape.keys, NR)), dd(up(shape.d, NR)), before(shape.keys - shape.s), scale(float(s)) {
         rows = std::min(up(x.s, MR), std::max(ROWS, SCORES / ld) / MR * MR);
     }
+    // The end of the keys that any of the first `rows` rows attends to.
+    int64_t seen(int64_t rows) const { return std::min(x.keys, before + rows); }
 };
 
 // Scratch buffers of one thread, by slot, reused across calls.
@@ -67,7 +72,7 @@ void pack_over_positions(Heads<const float> x, int64_t first, int64_t count, int
 void scores(const Plan& plan, Begin begin, int64_t q0, int64_t rows, const float* a, const float* b, float* out) {
     const int64_t d = plan.x.d;
     for (int64_t i = 0; i < rows; i += MR) {
-        const int64_t seen = std::min(plan.x.s, q0 + i + MR);
+        const int64_t seen = plan.seen(q0 + i + MR);
         for (int64_t j = begin[q0 + i] / NR * NR; j < seen; j += NR)
             tile(d, a + i * d, MR, b + j * d, out + i * plan.ld + j, plan.ld, false);
     }
@@ -94,7 +99,7 @@ float exponentials(float* x, int64_t low, int64_t begin, int64_t p, int64_t end,
 
 void forward_head(const Plan& plan, Begin begin, Heads<const float> q, const float* keys, const float* values,
                   float* out, int64_t out_row, float* lse, Scratch& space) {
-    const int64_t s = plan.x.s, d = plan.x.d, ld = plan.ld;
+    const int64_t s = plan.x.s, keys_count = plan.x.keys, d = plan.x.d, ld = plan.ld;
     float* score = space.get(SCORE, plan.rows * ld);
     float* query = space.get(QUERY, plan.rows * d + 2);
     float* left = space.get(ROW, MR * ld + 2);
@@ -105,17 +110,18 @@ void forward_head(const Plan& plan, Begin begin, Heads<const float> q, const flo
         pack_over_d<MR>(q, q0, rows, d, query);
         scores(plan, begin, q0, rows, query, keys, score);
         for (int64_t i = 0; i < rows; i += MR) {
-            const int64_t count = std::min(MR, rows - i), seen = std::min(s, q0 + i + MR), low = begin[q0 + i];
+            const int64_t count = std::min(MR, rows - i), seen = plan.seen(q0 + i + MR), low = begin[q0 + i];
             for (int64_t r = 0; r < count; r++) {
                 const int64_t row = q0 + i + r;
                 float peak;
-                const float sum = exponentials(score + (i + r) * ld, low, begin[row], row, seen, plan.scale, &peak);
+                const float sum = exponentials(score + (i + r) * ld, low, begin[row], plan.before + row, seen,
+                                               plan.scale, &peak);
                 lse[row] = peak + std::log(sum);
                 inverse[r] = 1.0f / sum;
             }
             pack<MR>(score + i * ld + low, ld, 1, count, seen - low, left);
             for (int64_t c = 0; c < d; c += NR) {
-                tile(seen - low, left, MR, values + c * s + low * NR, part, NR, false);
+                tile(seen - low, left, MR, values + c * keys_count + low * NR, part, NR, false);
                 const int64_t width = std::min(NR, d - c);
                 for (int64_t r = 0; r < count; r++)
                     for (int64_t j = 0; j < width; j++)
@@ -144,22 +150,22 @@ void slopes(float* p, float* g, int64_t low, int64_t begin, int64_t position, in
 // to[key] += sum over the block's rows of a[row][key] b[row], for all keys that any row attends to.
 void add_by_keys(const Plan& plan, Begin begin, int64_t q0, int64_t rows, const float* a, const float* b,
                  Heads<float> to) {
-    const int64_t s = plan.x.s, d = plan.x.d, seen = std::min(s, q0 + rows);
+    const int64_t d = plan.x.d, seen = plan.seen(q0 + rows), p0 = plan.before + q0;
     int64_t last = 0;  // rows from here on attend only to keys after j's tile
     for (int64_t j = begin[q0] / MR * MR; j < seen; j += MR) {
-        const int64_t first = std::max<int64_t>(0, (j - q0) / MR * MR);  // rows before it do not attend to key j
+        const int64_t first = std::max<int64_t>(0, (j - p0) / MR * MR);  // rows before it do not attend to key j
         while (last < rows && begin[q0 + last] < j + MR) last++;
         if (last <= first) continue;
         for (int64_t c = 0; c < d; c += NR)
             tile_part(last - first, a + first * plan.ld + j, plan.ld, b + c * rows + first * NR,
-                      to.p + j * to.position + c, to.position, true, std::min(MR, s - j), d - c);
+                      to.p + j * to.position + c, to.position, true, std::min(MR, plan.x.keys - j), d - c);
     }
 }
 
 void backward_head(const Plan& plan, Begin begin, Heads<const float> q, Heads<const float> grad, const float* out,
                    int64_t out_row, const float* lse, const float* keys, const float* values, const float* keys_by_d,
                    Heads<float> gq, Heads<float> gk, Heads<float> gv, Scratch& space) {
-    const int64_t s = plan.x.s, d = plan.x.d, ld = plan.ld;
+    const int64_t s = plan.x.s, keys_count = plan.x.keys, d = plan.x.d, ld = plan.ld;
     float *score = space.get(SCORE, plan.rows * ld + MR), *slope = space.get(SLOPE, plan.rows * ld + MR);
     float *query = space.get(QUERY, plan.rows * d + 2), *gradient = space.get(GRAD, plan.rows * d + 2);
     float* query_by_d = space.get(QUERY_BY_D, plan.rows * plan.dd);
@@ -172,9 +178,9 @@ void backward_head(const Plan& plan, Begin begin, Heads<const float> q, Heads<co
         pack_over_positions(grad, q0, rows, d, grad_by_d);
         scores(plan, begin, q0, rows, query, keys, score);
         scores(plan, begin, q0, rows, gradient, values, slope);
-        const int64_t last = std::min(s, q0 + rows);
+        const int64_t last = plan.seen(q0 + rows);
         for (int64_t i = 0; i < rows; i += MR) {
-            const int64_t count = std::min(MR, rows - i), seen = std::min(s, q0 + i + MR), low = begin[q0 + i];
+            const int64_t count = std::min(MR, rows - i), seen = plan.seen(q0 + i + MR), low = begin[q0 + i];
             for (int64_t r = 0; r < count; r++) {
                 const int64_t row = q0 + i + r;
                 const float *g = grad.p + row * grad.position, *o = out + row * out_row;
@@ -182,13 +188,14 @@ void backward_head(const Plan& plan, Begin begin, Heads<const float> q, Heads<co
 #pragma omp simd reduction(+ : delta)
                 for (int64_t c = 0; c < d; c++) delta += g[c] * o[c];
                 // zero from the start of a whole tile, because add_by_keys reads whole tiles of keys
-                const int64_t from = std::min(low, begin[row] / MR * MR), end = up(std::min(last, q0 + i + MR), MR);
-                slopes(score + (i + r) * ld, slope + (i + r) * ld, from, begin[row], row, std::min(end, ld), plan.scale,
+                const int64_t from = std::min(low, begin[row] / MR * MR);
+                const int64_t end = std::min(up(std::min(last, plan.seen(q0 + i + MR)), MR), ld);
+                slopes(score + (i + r) * ld, slope + (i + r) * ld, from, begin[row], plan.before + row, end, plan.scale,
                        lse[row], delta);
             }
             pack<MR>(slope + i * ld + low, ld, 1, count, seen - low, left);
             for (int64_t c = 0; c < d; c += NR)
-                tile_part(seen - low, left, MR, keys_by_d + c * s + low * NR, gq.p + (q0 + i) * gq.position + c,
+                tile_part(seen - low, left, MR, keys_by_d + c * keys_count + low * NR, gq.p + (q0 + i) * gq.position + c,
                           gq.position, false, count, d - c);
         }
         add_by_keys(plan, begin, q0, rows, score, grad_by_d, gv);
@@ -203,7 +210,7 @@ Heads<T> at(Heads<T> x, int64_t sample, int64_t head) {
     return {x.p + sample * x.sample + head * x.head, x.sample, x.head, x.position};
 }
 
-Begin first_keys(const int64_t* begin, HeadShape x, int64_t sample) { return {begin ? begin + sample * x.s : begin}; }
+Begin first_keys(const int64_t* begin, AttentionShape x, int64_t sample) { return {begin ? begin + sample * x.s : begin}; }
 
 Scratch& scratch() {
     static thread_local Scratch space;
@@ -213,16 +220,16 @@ Scratch& scratch() {
 }  // namespace
 
 void attention(Heads<const float> q, Heads<const float> k, Heads<const float> v, const int64_t* begin, float* out,
-               float* lse, HeadShape x, double scale, int threads) {
+               float* lse, AttentionShape x, double scale, int threads) {
     const Plan plan(x, scale);
     const int64_t tasks = x.b * x.m, group = x.n / x.m, out_row = x.b * x.n * x.d;
 #pragma omp parallel for num_threads(int(std::min<int64_t>(threads, tasks))) schedule(dynamic, 1) if (threads > 1)
     for (int64_t task = 0; task < tasks; task++) {
         const int64_t sample = task / x.m, j = task % x.m;
         Scratch& space = scratch();
-        float *keys = space.get(KEYS, plan.ld * x.d + 2), *values = space.get(VALUES, plan.dd * x.s);
-        pack_over_d<NR>(at(k, sample, j), 0, x.s, x.d, keys);
-        pack_over_positions(at(v, sample, j), 0, x.s, x.d, values);
+        float *keys = space.get(KEYS, plan.ld * x.d + 2), *values = space.get(VALUES, plan.dd * x.keys);
+        pack_over_d<NR>(at(k, sample, j), 0, x.keys, x.d, keys);
+        pack_over_positions(at(v, sample, j), 0, x.keys, x.d, values);
         for (int64_t h = j * group; h < (j + 1) * group; h++)
             forward_head(plan, first_keys(begin, x, sample), at(q, sample, h), keys, values,
                          out + (sample * x.n + h) * x.d, out_row, lse + (sample * x.n + h) * x.s, space);
@@ -231,7 +238,7 @@ void attention(Heads<const float> q, Heads<const float> k, Heads<const float> v,
 
 void attention_backward(Heads<const float> grad, Heads<const float> q, Heads<const float> k, Heads<const float> v,
                         const int64_t* begin, const float* out, const float* lse, Heads<float> gq, Heads<float> gk,
-                        Heads<float> gv, HeadShape x, double scale, int threads) {
+                        Heads<float> gv, AttentionShape x, double scale, int threads) {
     const Plan plan(x, scale);
     const int64_t tasks = x.b * x.m, group = x.n / x.m, out_row = x.b * x.n * x.d;
 #pragma omp parallel for num_threads(int(std::min<int64_t>(threads, tasks))) schedule(dynamic, 1) if (threads > 1)
@@ -239,12 +246,12 @@ void attention_backward(Heads<const float> grad, Heads<const float> q, Heads<con
         const int64_t sample = task / x.m, j = task % x.m;
         Scratch& space = scratch();
         float *keys = space.get(KEYS, plan.ld * x.d + 2), *values = space.get(VALUES, plan.ld * x.d + 2);
-        float* keys_by_d = space.get(KEYS_BY_D, plan.dd * x.s);
-        pack_over_d<NR>(at(k, sample, j), 0, x.s, x.d, keys);
-        pack_over_d<NR>(at(v, sample, j), 0, x.s, x.d, values);
-        pack_over_positions(at(k, sample, j), 0, x.s, x.d, keys_by_d);
+        float* keys_by_d = space.get(KEYS_BY_D, plan.dd * x.keys);
+        pack_over_d<NR>(at(k, sample, j), 0, x.keys, x.d, keys);
+        pack_over_d<NR>(at(v, sample, j), 0, x.keys, x.d, values);
+        pack_over_positions(at(k, sample, j), 0, x.keys, x.d, keys_by_d);
         const Heads<float> to_k = at(gk, sample, j), to_v = at(gv, sample, j);
-        for (int64_t p = 0; p < x.s; p++) {
+        for (int64_t p = 0; p < x.keys; p++) {
             std::memset(to_k.p + p * to_k.position, 0, size_t(x.d) * sizeof(float));
             std::memset(to_v.p + p * to_v.position, 0, size_t(x.d) * sizeof(float));
         }

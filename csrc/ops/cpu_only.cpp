@@ -17,7 +17,8 @@ Matrix matrix(const Tensor& x, const char* name) {
     return {data<float>(x), x.size(0) <= 1 && col != 1 ? 1 : row, x.size(1) <= 1 && row != 1 ? 1 : col};
 }
 
-AttentionShape require_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& begin, const char* op) {
+AttentionShape require_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& begin,
+                                 const char* op) {
     require_heads(q, k, v, op, true);
     const int64_t b = q.size(0), n = q.size(1), s = q.size(2), d = q.size(3), m = k.size(1), keys = k.size(2);
     require(s <= keys, op, "q has " + std::to_string(s) + " positions, k " + std::to_string(keys));

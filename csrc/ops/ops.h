@@ -103,15 +103,16 @@ Heads<T> heads(const Tensor& x) {
     return {data<P>(x), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-// q, k, v are [b, heads, s, d] of one type on one device, with stride 1 along d; k and v have the same shape.
-// q [b, n, s, d]; k and v [b, m, s, d], or with as many positions as k has if `any_keys`.
+// q, k, v are [b, heads, s, d] of one type on one device, with stride 1 along d; k and v have the same shape, and the
+// number of positions of q unless `any_keys`.
 inline void require_heads(const Tensor& q, const Tensor& k, const Tensor& v, const char* op, bool any_keys = false) {
     require(q.dim() == 4 && k.dim() == 4, op, "expected [b, heads, s, d], got " + shape(q) + " and " + shape(k));
     for (const auto& [x, name] : {std::pair{&q, "q"}, {&k, "k"}, {&v, "v"}}) {
         require_device(*x, op, name);
         require(x->device() == q.device(), op, "q, k and v are on different devices");
         require_type(x->scalar_type() == q.scalar_type(), op, "q, k and v have different types");
-        require_shape(*x, {q.size(0), (x == &q ? q : k).size(1), (any_keys && x != &q ? k : q).size(2), q.size(3)}, op, name);
+        const int64_t positions = (any_keys && x != &q ? k : q).size(2);
+        require_shape(*x, {q.size(0), (x == &q ? q : k).size(1), positions, q.size(3)}, op, name);
         require(q.size(3) <= 1 || x->stride(3) == 1, op, std::string(name) + " has no stride of 1 along d");
     }
 }

@@ -191,6 +191,18 @@ WRONG: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
         ValueError,
         "3 heads",
     ),
+    (
+        "more queries than keys",
+        lambda: OPS.attention(_heads(1), *[_heads(1)[:, :, 1:]] * 2, None, 1.0),
+        ValueError,
+        "q has 4 positions, k 3",
+    ),
+    (
+        "begin ahead of the last queries",
+        lambda: OPS.attention(_heads(1)[:, :, 2:], *[_heads(1)] * 2, torch.tensor([[2, 4]]), 1.0),
+        ValueError,
+        r"begin\[0, 1\] is 4",
+    ),
     ("valid", lambda: OPS.softmax_stats(_x, torch.zeros(2).long(), 4), ValueError, "valid is 4"),
     ("target", lambda: OPS.softmax_stats(_x, torch.zeros(2), 3), TypeError, "target is Float, expected Long"),
     ("step", lambda: OPS.adamw_(*[torch.ones(2)] * 4, None, *[0.1] * 6, 0), ValueError, "step counts from 1"),

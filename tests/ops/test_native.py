@@ -118,6 +118,36 @@ def test_attention_with_a_window(b: int, n: int, m: int, s: int, d: int, kind: s
 
 
 @needs_tiles
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("kind", ["one", "long"])
+@pytest.mark.parametrize(
+    ("b", "n", "m", "s", "keys", "d"),
+    [(1, 1, 1, 1, 1, 8), (2, 4, 2, 1, 77, 5), (2, 2, 1, 3, 300, 48), (1, 2, 2, 211, 513, 64), (1, 2, 2, 500, 501, 16)],
+)
+def test_attention_of_the_last_queries(
+    b: int, n: int, m: int, s: int, keys: int, d: int, kind: str, window: int
+) -> None:
+    """Fewer queries than keys: outputs and gradients are those of the last s positions of all queries, in float64."""
+    starts = document_starts(b, keys, kind)
+    documents = None if kind == "one" else Documents.from_starts(starts)
+    inputs = [
+        randn(b, heads, size, d, seed=i).float() for i, (heads, size) in enumerate(((n, s), (m, keys), (m, keys)))
+    ]
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(n // m, 1) for x in (k, v))
+        position, column = torch.arange(keys - s, keys)[:, None], torch.arange(keys)
+        seen = (column <= position) & (column > position - (window or keys))
+        seen = seen & (column >= starts[:, None, keys - s :, None])
+        scores = (q @ k.transpose(2, 3) * d**-0.5).masked_fill(~seen, -torch.inf)
+        return (scores.softmax(-1) @ v).permute(2, 0, 1, 3).reshape(s, b, n * d)
+
+    found = both(lambda q, k, v: attention(q, k, v, documents, window), *inputs)[0]
+    for x, e in zip(found, reference(*inputs, op=dense), strict=True):
+        assert x.shape == e.shape and relative(x, e, floor=1.0) < 4e-6
+
+
+@needs_tiles
 def test_document_masking_isolates_documents_bitwise() -> None:
     """Other keys and values change no bit of a document's outputs and of its keys' gradients."""
     begin = document_starts(1, 200, "short")

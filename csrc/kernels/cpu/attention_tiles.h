@@ -195,8 +195,8 @@ void backward_head(const Plan& plan, Begin begin, Heads<const float> q, Heads<co
             }
             pack<MR>(slope + i * ld + low, ld, 1, count, seen - low, left);
             for (int64_t c = 0; c < d; c += NR)
-                tile_part(seen - low, left, MR, keys_by_d + c * keys_count + low * NR, gq.p + (q0 + i) * gq.position + c,
-                          gq.position, false, count, d - c);
+                tile_part(seen - low, left, MR, keys_by_d + c * keys_count + low * NR,
+                          gq.p + (q0 + i) * gq.position + c, gq.position, false, count, d - c);
         }
         add_by_keys(plan, begin, q0, rows, score, grad_by_d, gv);
         add_by_keys(plan, begin, q0, rows, slope, query_by_d, gk);
@@ -210,7 +210,9 @@ Heads<T> at(Heads<T> x, int64_t sample, int64_t head) {
     return {x.p + sample * x.sample + head * x.head, x.sample, x.head, x.position};
 }
 
-Begin first_keys(const int64_t* begin, AttentionShape x, int64_t sample) { return {begin ? begin + sample * x.s : begin}; }
+Begin first_keys(const int64_t* begin, AttentionShape x, int64_t sample) {
+    return {begin ? begin + sample * x.s : begin};
+}
 
 Scratch& scratch() {
     static thread_local Scratch space;

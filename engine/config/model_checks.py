@@ -40,7 +40,7 @@ def model_errors(cfg: Config) -> Iterator[FieldError]:
             f"is not a multiple of model.num_heads = {m.num_heads}",
             f"Use {multiples_near(m.hidden_size, m.num_heads)}, or set model.head_dim.",
         )
-    yield from _position_errors(m)
+    yield from position_errors(m)
     yield from _window_errors(m)
     if m.norm_offset and m.norm == "layernorm":
         yield FieldError(
@@ -101,7 +101,8 @@ ROPE_SCALES = {  # field -> values of rope_scaling that use it
 }
 
 
-def _position_errors(m: ModelConfig) -> Iterator[FieldError]:
+def position_errors(m: ModelConfig) -> Iterator[FieldError]:
+    """Errors between the position settings of a model whose heads are filled in."""
     head_dim = m.head_dim
     if m.positions == "learned":
         for name, of_rope in (("rope_scaling", m.rope_scaling != "none"), ("rotary_fraction", m.rotary_fraction != 1)):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from engine.config.derived import data_degree
+from engine.config.derived import data_degree, with_heads
 from engine.config.mixture import Mixture
-from engine.config.model_checks import fp8_errors, multiples_near, seq_len_errors
-from engine.config.phases import Phases, phases_of
+from engine.config.model_checks import fp8_errors, multiples_near, position_errors, seq_len_errors
+from engine.config.phases import ROPE, Phases, model_of, phases_of
 from engine.config.schema import Config
 from engine.errors import FieldError
 from engine.pipeline.actions import Plan
@@ -22,6 +22,7 @@ def phase_errors(cfg: Config, world: int, plan: Plan | None) -> Iterator[FieldEr
     phases = ordered_phases(cfg)
     yield from _batch_errors(phases, data_degree(cfg.parallel, world), plan)
     yield from _shape_errors(cfg, phases)
+    yield from _rope_errors(cfg, phases)
 
 
 def ordered_phases(cfg: Config) -> Phases:
@@ -76,6 +77,25 @@ def _shape_errors(cfg: Config, phases: Phases) -> Iterator[FieldError]:
                 if error.path == "train.seq_len":
                     name = "seq_len" if "seq_len" in phase.given else "micro_batch_size"
                     yield replace(error, path=f"phase.{phase.number}.{name}", value=getattr(phase, name))
+
+
+def _rope_errors(cfg: Config, phases: Phases) -> Iterator[FieldError]:
+    """Errors of the RoPE settings of phases; those that the model has anyway are reported for the model."""
+    known = list(position_errors(with_heads(cfg.model)))
+    for phase in phases.phases:
+        given = [name for name in ROPE if name in phase.given]
+        if given and cfg.model.positions != "rope":
+            problem, path = (
+                "is for rotary positions, but model.positions is learned",
+                f"phase.{phase.number}.{given[0]}",
+            )
+            yield FieldError("config.without-effect", path, phase.rope[given[0]], problem, "Leave it out.")
+        elif given:
+            for error in position_errors(with_heads(model_of(cfg.model, phase))):
+                name = error.path.removeprefix("model.")
+                if error not in known:
+                    name = name if name in given else given[0]
+                    yield replace(error, path=f"phase.{phase.number}.{name}", value=phase.rope[name])
 
 
 def length_errors(cfg: Config, mixture: Mixture | None) -> Iterator[FieldError]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
@@ -27,6 +27,24 @@ class PhaseConfig(Section):
     """sequences per forward pass of a rank from here on, as train.micro_batch_size"""
     seq_len: int | None = Field(None, ge=2)
     """tokens per sequence from here on, as train.seq_len; every source starts a new epoch there (docs/phases.md)"""
+    rope_theta: float | None = Field(None, gt=0)
+    """as model.rope_theta; exports and evaluation use the RoPE settings of the checkpoint's last step"""
+    rope_scaling: Literal["none", "linear", "llama3", "yarn"] | None = None
+    """as model.rope_scaling"""
+    rope_factor: float | None = Field(None, ge=1)
+    """as model.rope_factor"""
+    rope_original_seq_len: int | None = Field(None, ge=1)
+    """as model.rope_original_seq_len"""
+    rope_low_freq_factor: float | None = Field(None, gt=0)
+    """as model.rope_low_freq_factor"""
+    rope_high_freq_factor: float | None = Field(None, gt=0)
+    """as model.rope_high_freq_factor"""
+    rope_beta_fast: float | None = Field(None, gt=0)
+    """as model.rope_beta_fast"""
+    rope_beta_slow: float | None = Field(None, gt=0)
+    """as model.rope_beta_slow"""
+    rope_attention_factor: float | None = Field(None, ge=0)
+    """as model.rope_attention_factor"""
     weights: dict[str, _Weight] | None = None
     """weights of sources of the blend in data.train from here on, as { web = 0.2, code = 0.8 } in a file and "0.2 web
     0.8 code" on the command line; other sources keep theirs, 0 stops a source"""

@@ -10,10 +10,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from engine.config.schema import Config
+from engine.config.phase_table import PhaseConfig
+from engine.config.schema import Config, ModelConfig
 
-CHANGES_DATA = frozenset({"weights", "seq_len"})  # values after whose change losses are of other data
+ROPE = tuple(name for name in PhaseConfig.model_fields if name.startswith("rope_"))  # fields of the model
+CHANGES_LOSS = frozenset({"weights", "seq_len", *ROPE})  # values after whose change a loss may jump
+_SCALINGS_OF_CONTEXT = ("llama3", "yarn")  # scalings of a context of rope_original_seq_len tokens
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Phase:
 
     number: of its [[phase]] in the config, from 1; 0 for [train]. given: names of the values that this phase gives.
     weights: source of the blend -> weight, of this and earlier phases; other sources keep the weight of data.train.
+    rope: RoPE settings of this and earlier phases, by field of the model.
     """
 
     first_step: int
@@ -31,6 +36,7 @@ class Phase:
     number: int = 0
     given: frozenset[str] = frozenset()
     weights: Mapping[str, float] = field(default_factory=dict)
+    rope: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -45,6 +51,8 @@ class Phase:
         text = f"global batch {self.global_batch_size}, micro-batch {self.micro_batch_size}"
         if "seq_len" in self.given:
             text += f", sequences of {self.seq_len} tokens"
+        if rope := [f"{name} {self.rope[name]}" for name in ROPE if name in self.given]:
+            text += f", {', '.join(rope)}"
         if "weights" in self.given:
             text += f", weights {', '.join(f'{name} {weight:g}' for name, weight in self.weights.items())}"
         return text
@@ -121,7 +129,27 @@ def phases_of(cfg: Config) -> Phases:
     found = [Phase(1, t.global_batch_size, t.micro_batch_size, t.seq_len)]
     for number, row in enumerate(cfg.phase, 1):
         given = {name: value for name, value in row.model_dump().items() if value is not None and name != "from_step"}
-        values = given | {"weights": {**found[-1].weights, **given.get("weights", {})}}
+        values = {name: value for name, value in given.items() if name not in ROPE}
+        values["weights"] = {**found[-1].weights, **given.get("weights", {})}
+        values["rope"] = {**found[-1].rope, **{name: given[name] for name in ROPE if name in given}}
         phase = replace(found[-1], first_step=row.from_step or 1, number=number, given=frozenset(given), **values)
         found = [*found[: -1 if phase.first_step == 1 else None], phase]
     return Phases(tuple(found))
+
+
+def model_of(model: ModelConfig, phase: Phase) -> ModelConfig:
+    """The model in a phase, with its RoPE settings."""
+    return model.model_copy(update=_with_rope(model.model_dump(), phase)) if phase.rope else model
+
+
+def saved_model(config: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """The model fields of a config as stored in a checkpoint of this step, in the phase of the step."""
+    phases = phases_of(Config.model_validate({"phase": config.get("phase") or []}))
+    return _with_rope(config["model"], phases.at(step))
+
+
+def _with_rope(fields: Mapping[str, Any], phase: Phase) -> dict[str, Any]:
+    found = {**fields, **phase.rope}
+    if phase.rope and found["rope_scaling"] in _SCALINGS_OF_CONTEXT and not found["rope_original_seq_len"]:
+        found["rope_original_seq_len"] = found["max_seq_len"]
+    return found

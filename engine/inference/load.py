@@ -9,6 +9,7 @@ from engine.checkpoint.links import reject_links
 from engine.checkpoint.load import Reader, load_into
 from engine.checkpoint.storage import DISK, Storage
 from engine.config.derived import data_degree, layers_per_stage
+from engine.config.phases import saved_model
 from engine.config.schema import Config
 from engine.data.tokenize.file_names import is_tokenizer
 from engine.data.tokenize.tokenizer import Tokenizer
@@ -30,9 +31,10 @@ def config_of(
     """The config of a checkpoint with its layout replaced. world: number of ranks; the data degree follows from it.
 
     train.global_batch_size is rounded up to a multiple that these data ranks can split: not always the run's own. The
-    result has no phases.
+    result has the model of the checkpoint's phase, and no phases.
     """
-    config = Config.model_validate(read_manifest(find_checkpoint(checkpoint, storage), storage).config)
+    manifest = read_manifest(find_checkpoint(checkpoint, storage), storage)
+    config = Config.model_validate({**manifest.config, "model": saved_model(manifest.config, manifest.step)})
     parallel = config.parallel.model_copy(
         update={
             "tensor": tensor,

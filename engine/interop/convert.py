@@ -29,6 +29,7 @@ from engine.checkpoint.tensorfile import BLOCK_BYTES, DTYPE_NAMES, DTYPES, LazyT
 from engine.config.checks import config_errors
 from engine.config.dtypes import SAFETENSORS_DTYPES
 from engine.config.load import model_config
+from engine.config.phases import saved_model
 from engine.config.schema import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from engine.data.tokenize.convert import find as find_tokenizer
 from engine.data.tokenize.tokenizer import Tokenizer
@@ -245,7 +246,7 @@ def export(
         raise CheckpointError("interop.output-exists", f"{out}: already exists; choose another folder")
     companions = folder.parent.parent / COMPANIONS_DIR
     with Reader(folder, storage) as reader:
-        cfg = ModelConfig.model_validate(reader.manifest.config["model"])
+        cfg = ModelConfig.model_validate(saved_model(reader.manifest.config, reader.manifest.step))
         family, config, generation = _config_files(cfg, companions)
         notes = _update_token_ids(companions, config, generation, eod)
         config["dtype"] = config["torch_dtype"] = str(dtype or _stated_dtype(companions, reader)).removeprefix("torch.")

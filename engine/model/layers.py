@@ -97,6 +97,10 @@ class ModelPart(nn.Module, ABC):
         super().__init__()
         self.cfg, self.ctx, self.shape = cfg, ctx, shape
 
+    def use(self, cfg: ModelConfig) -> None:
+        """Compute with other RoPE settings from now on; nothing else of `cfg` may differ."""
+        self.cfg = cfg
+
     @abstractmethod
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits: tokens [b, s] -> [b, s, vocab_size]. Only for a model whose stages are all on this pipeline rank."""

@@ -84,6 +84,11 @@ class Transformer(ModelPart):
             self.head = VocabHead(weight, ctx)
         self.rope: Tensor = torch.empty(2, 0, cfg.rotary_dim // 2)
 
+    def use(self, cfg: ModelConfig) -> None:
+        """As ModelPart.use; the table of angles is made again where they change."""
+        if cfg != self.cfg:
+            self.cfg, self.rope = cfg, self.rope[:, :0]
+
     def _rope_for(self, seq_len: int) -> Tensor:
         if self.rope.shape[1] < seq_len:
             cfg, ctx = self.cfg, self.ctx

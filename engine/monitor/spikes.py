@@ -19,7 +19,7 @@ from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
-from engine.config.phases import CHANGES_DATA, Phases
+from engine.config.phases import CHANGES_LOSS, Phases
 from engine.monitor.metrics import read_metrics
 from engine.util.files import read_json, replace_synced
 
@@ -81,7 +81,7 @@ class SpikeWatch:
 
     def _comparable_from(self, step: int) -> int:
         """The first step whose losses are of the same data as those of `step`."""
-        changed = [p.first_step for p in self._phases.until(max(1, step)) if p.given & CHANGES_DATA]
+        changed = [p.first_step for p in self._phases.until(max(1, step)) if p.given & CHANGES_LOSS]
         return changed[-1] if changed else 1
 
     def _median(self, name: str) -> float:

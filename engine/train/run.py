@@ -61,6 +61,7 @@ def open_run(resolved: Resolved, ctx: ParallelContext) -> Run:
         past = read_manifest(Path(source), open_storage(cfg.checkpoint.secret)).data
         data = resume_data(data, cfg, state.phases, past)
     data.order.begin_at(state.order_begin)
+    state.enter(state.phases.at(state.step))  # a validation before the first step is of the last step done
     notes: list[str] = []
     if not source and cfg.checkpoint.init:
         begun, notes = start_from(state, Path(cfg.checkpoint.init))

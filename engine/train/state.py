@@ -10,7 +10,7 @@ import torch
 
 from engine.checkpoint.format import Ancestor
 from engine.config.derived import Derived, derive
-from engine.config.phases import Phase, Phases, Position
+from engine.config.phases import Phase, Phases, Position, model_of
 from engine.config.schema import Config
 from engine.distributed.collectives import gather_json
 from engine.distributed.context import ParallelContext
@@ -67,6 +67,13 @@ class TrainState:
     def phase(self) -> Phase:
         """The phase of the next step."""
         return self.phases.at(self.step + 1)
+
+    def enter(self, phase: Phase) -> None:
+        """Let the stages compute with the RoPE settings of a phase."""
+        model = model_of(self.cfg.model, phase)
+        for stage in self.stages.values():
+            if isinstance(stage.module, ModelPart):
+                stage.module.use(model)
 
     @property
     def plan(self) -> Plan:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config.load import load
-from engine.config.phases import Phase, Phases, Position, phases_of
+from engine.config.phases import Phase, Phases, Position, model_of, phases_of, saved_model
 from engine.config.schema import Config
 from engine.errors import ConfigError, FieldError
 from engine.pipeline.schedules import build
@@ -126,6 +126,24 @@ CASES: dict[str, tuple[dict[str, Any], int, tuple[str, str], str]] = {
         ("phase.1.seq_len", "config.fp8-size-not-a-multiple"),
         "16",
     ),
+    "RoPE of learned positions": (
+        {"phase.1.from_step": 9, "phase.1.rope_theta": 1e6, "model.positions": "learned"},
+        1,
+        ("phase.1.rope_theta", "config.without-effect"),
+        "learned",
+    ),
+    "a factor without scaling": (
+        {"phase.1.from_step": 9, "phase.1.rope_factor": 8.0},
+        1,
+        ("phase.1.rope_factor", "config.without-effect"),
+        "linear",
+    ),
+    "crossed bounds": (
+        {"phase.1.from_step": 9, "phase.1.rope_scaling": "yarn", "phase.1.rope_beta_slow": 40.0},
+        1,
+        ("phase.1.rope_beta_slow", "config.rope-bounds-crossed"),
+        "32",
+    ),
     "lengths of epochs": (
         {"data.train": "epochs.toml", "phase.1.from_step": 9, "phase.1.seq_len": 64},
         1,
@@ -219,3 +237,14 @@ def test_what_is_saved_loads_back(tmp_path: Path) -> None:
     again = load([tmp_path / "config.toml"], {})
     assert again.config == resolved.config and again.config.phase[1].weights == {"a": 0.1, "b": 0.001}
     assert Config.model_validate(resolved.config.model_dump(mode="json")) == resolved.config
+
+
+def test_rope_settings_add_up_and_checkpoints_have_those_of_their_step() -> None:
+    values = {"phase.1.from_step": "5", "phase.1.rope_theta": "5e5", "phase.2.from_step": "9"}
+    cfg = load([], values | {"phase.2.rope_scaling": "yarn", "phase.2.rope_factor": "4.0"}).config
+    expected = {4: (1e4, "none", 0), 5: (5e5, "none", 0), 8: (5e5, "none", 0), 9: (5e5, "yarn", 2048)}
+    for step, settings_then in ({0: expected[4]} | expected).items():
+        model = model_of(cfg.model, phases_of(cfg).at(step))
+        assert (model.rope_theta, model.rope_scaling, model.rope_original_seq_len) == settings_then
+        assert saved_model(cfg.model_dump(mode="json"), step) == model.model_dump()
+    assert saved_model({"model": {"rope_theta": 3.0}}, 7) == {"rope_theta": 3.0}  # of an older engine

@@ -16,6 +16,8 @@ import torch
 
 import engine.parallel.gradients as gradients_module
 from engine.batch import Documents, Sequence
+from engine.config.phases import model_of as model_in
+from engine.config.phases import phases_of
 from engine.config.schema import Config, ModelConfig
 from engine.distributed.collectives import all_gather_into_start, all_reduce_start, reduce_scatter_start
 from engine.distributed.context import Axis, ParallelContext, make_context
@@ -375,7 +377,8 @@ def plain_loss(cfg: ModelConfig, w: dict[str, torch.Tensor], batch: Any, starts:
 @pytest.mark.parametrize("tied", [True, False])
 def test_one_process_equals_plain_torch(tied: bool, phases: str) -> None:
     """Gradient accumulation, uneven masks, clipping, AdamW, weight decay: the reference of all other tests."""
-    ramp = {"phase_1_from_step": 2, "phase_1_global_batch_size": 8, "phase_1_micro_batch_size": 2}
+    ramp = {"phase_1_from_step": 2, "phase_1_global_batch_size": 12, "phase_1_micro_batch_size": 2}
+    ramp |= {"phase_1_rope_theta": 50.0, "phase_2_from_step": 3, "phase_2_seq_len": 12}
     more = ramp if phases == "ramp" else {}
     cfg = config(1, **TINY | {"model_tie_embeddings": tied} | more, optimizer_weight_decay=0.3)
     found = run(cfg, 3)
@@ -388,8 +391,8 @@ def test_one_process_equals_plain_torch(tied: bool, phases: str) -> None:
     optimizer = torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=o.eps)
     ctx = make_context(Layout(), 0, dtype=torch.float64)
     for step in range(3):
-        batches = random_batches(cfg, ctx, step)
-        loss = sum(plain_loss(cfg.model, w, b) for b in batches) / sum(int(b.weights.sum()) for b in batches)
+        batches, model = random_batches(cfg, ctx, step), model_in(cfg.model, phases_of(cfg).at(step + 1))
+        loss = sum(plain_loss(model, w, b) for b in batches) / sum(int(b.weights.sum()) for b in batches)
         optimizer.zero_grad()
         loss.backward()
         grads = {f"grad/{name}": x.grad.numpy().copy() for name, x in w.items()}

@@ -143,10 +143,11 @@ def test_later_phases_may_change_and_past_ones_may_not(
 
 
 LONGER: dict[str, Any] = {"phase_1_seq_len": 24, "phase_3_seq_len": 8}
+LONGER |= {"phase_2_rope_theta": 50.0, "phase_3_rope_scaling": "linear", "phase_3_rope_factor": 2.0}
 
 
 def test_sequence_lengths_change_in_every_layout_and_on_resume(blend: str, tmp_path: Path) -> None:
-    """Lengths of 16, 24 and 8 tokens with a growing batch and changing weights."""
+    """Lengths of 16, 24 and 8 tokens, other RoPE settings, a growing batch and changing weights."""
     whole = go(tmp_path / "whole", blend, 8, **LONGER)
     lengths = [16, 16, 24, 24, 24, 24, 8, 8]
     assert [line["tokens"] for line in whole] == list(np.cumsum(np.multiply(BATCHES, lengths)))

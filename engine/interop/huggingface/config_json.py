@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.derived import head_shape
+from engine.config.phases import saved_model
 from engine.errors import CheckpointError, ConfigError, FieldError, format_value, truncate
 from engine.interop.huggingface import families
 from engine.interop.huggingface.families import FAMILIES, ConfigKey, Family
@@ -364,8 +365,9 @@ def read_model_fields(path: Path, max_seq_len: int | None = None) -> tuple[Field
                         f"{manifest}: is encrypted, but the model must be known before the secret is read. Run "
                         "`engine export CHECKPOINT FOLDER --secret ...` and start from that folder",
                     )
-            model = (read_json_object(manifest).get("config") or {}).get("model")
-            if isinstance(model, dict):
+            found = read_json_object(manifest)
+            if isinstance((found.get("config") or {}).get("model"), dict):
+                model = saved_model(found["config"], int(found.get("step") or 0))
                 return {name: value for name, value in model.items() if name != "preset"}, str(manifest)
     raise CheckpointError(
         "interop.no-model-here", f"{path}: is neither a Hugging Face folder (config.json) nor a checkpoint"

@@ -50,6 +50,22 @@ MUTATIONS = [
         ("test_one_process_equals_plain_torch",),
     ),
     Mutation(
+        "rope_of_the_first_phase_kept",
+        "the table of angles is cached over a change of rope_theta",
+        "engine.model.transformer:Transformer.use",
+        "self.cfg, self.rope = (cfg, self.rope[:, :0])",
+        "self.cfg = cfg",
+        ("test_one_process_equals_plain_torch",),
+    ),
+    Mutation(
+        "export_with_the_rope_of_the_first_phase",
+        "a checkpoint of a later phase is exported with the RoPE settings of [model]",
+        "engine.config.phases:saved_model",
+        "phases.at(step)",
+        "phases.at(1)",
+        ("test_rope_settings_add_up_and_checkpoints_have_those_of_their_step",),
+    ),
+    Mutation(
         "past_recomputed_at_resume",
         "after a resume the samples of the past are counted with the phases of now",
         "engine.train.resume:resume",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-PLAIN_MATMUL = ("test_one_process_equals_plain_torch[True]",)
+PLAIN_MATMUL = ("test_one_process_equals_plain_torch[True-none]",)
 RESUME = ("test_resume_in_the_same_layout_changes_no_bit[fp64-1]",)
 
 

@@ -70,6 +70,8 @@ def _step_lines(resolved: Resolved, phase: Phase) -> Iterator[tuple[str, str]]:
     plan, tokens = resolved.derived.plan_of(phase), phase.tokens
     flops = flops_per_token(resolved.config.model, phase.seq_len)
     yield "tokens per step", f"{tokens:,} ({phase.global_batch_size} sequences of {phase.seq_len})"
+    if rope := {name: value for name, value in phase.rope.items() if name in phase.given}:
+        yield "RoPE", ", ".join(f"{name} {value}" for name, value in rope.items())
     if "weights" in phase.given:
         yield "weights", ", ".join(f"{name} {weight:g}" for name, weight in phase.weights.items())
     yield "micro-batches per step and rank", f"{plan.microbatches} of {phase.micro_batch_size} sequences"

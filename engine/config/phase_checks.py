@@ -73,7 +73,8 @@ def _shape_errors(cfg: Config, phases: Phases) -> Iterator[FieldError]:
         if phase.given & {"seq_len", "micro_batch_size"}:
             sizes = {"seq_len": phase.seq_len, "micro_batch_size": phase.micro_batch_size}
             here = cfg.model_copy(update={"train": cfg.train.model_copy(update=sizes)})
-            for error in (*seq_len_errors(here), *fp8_errors(here)):
+            lengths = seq_len_errors(here) if "seq_len" in phase.given else ()
+            for error in (*lengths, *fp8_errors(here)):
                 if error.path == "train.seq_len":
                     name = "seq_len" if "seq_len" in phase.given else "micro_batch_size"
                     yield replace(error, path=f"phase.{phase.number}.{name}", value=getattr(phase, name))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -24,7 +24,7 @@ class Section(BaseModel):
 
 def value_type(annotation: Any) -> Any:
     """The type of a value that is given: `int` for `int | None`, where None is a value that is not given."""
-    if get_origin(annotation) is types.UnionType:
+    if get_origin(annotation) in (types.UnionType, Union):  # Literal[...] | None is a Union
         return next(kind for kind in get_args(annotation) if kind is not types.NoneType)
     return annotation
 

@@ -109,7 +109,7 @@ CASES: dict[str, tuple[dict[str, Any], int, tuple[str, str], str]] = {
         "needs 16 micro-batches; the plan file always has 8",
     ),
     "a longer sequence than the model's": (
-        {"phase.1.from_step": 9, "phase.1.seq_len": 4096},
+        {f"phase.{n}.from_step": 9 * n for n in (1, 2)} | {"phase.1.seq_len": 4096, "phase.2.micro_batch_size": 2},
         1,
         ("phase.1.seq_len", "config.seq-len-too-long"),
         "model.max_seq_len = 2048",
@@ -137,6 +137,12 @@ CASES: dict[str, tuple[dict[str, Any], int, tuple[str, str], str]] = {
         1,
         ("phase.1.rope_factor", "config.without-effect"),
         "linear",
+    ),
+    "another scaling": (
+        {"phase.1.from_step": 9, "phase.1.rope_scaling": "yarm"},
+        1,
+        ("phase.1.rope_scaling", "config.value-not-valid"),
+        "Give none|linear|llama3|yarn, or leave it out.",
     ),
     "crossed bounds": (
         {"phase.1.from_step": 9, "phase.1.rope_scaling": "yarn", "phase.1.rope_beta_slow": 40.0},

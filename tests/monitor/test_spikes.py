@@ -160,3 +160,18 @@ def test_it_is_kept_when_the_next_start_skips_its_first_steps(corpus: str, tmp_p
     (tmp_path / "spike.json").write_text('{"step": 3}')
     start(6, "5 6")
     assert complete_steps(tmp_path / "checkpoints") == [1, 6]
+
+
+def test_other_data_has_other_normal_values(tmp_path: Path) -> None:
+    """A phase with other weights may raise the loss; a larger batch may not, and a restart forgets nothing of that."""
+    larger = Phase(31, 16, 1, 32, 1, frozenset({"global_batch_size"}))
+    other = Phase(31, 8, 1, 32, 1, frozenset({"weights"}))
+    assert feed(SpikeWatch(tmp_path, 0, Phases((Phase(1, 8, 1, 32), larger))), [2.0] * 30 + [4.0]) == [31]
+    (tmp_path / "spike.json").unlink()
+    phases = Phases((Phase(1, 8, 1, 32), other))
+    assert feed(SpikeWatch(tmp_path, 0, phases), [2.0] * 30 + [4.0] * 20 + [9.0]) == [51]
+    (tmp_path / "spike.json").unlink()
+    lines = [{"step": n, "loss": 2.0 if n < 31 else 4.0, "grad_norm": 1.0} for n in range(1, 51)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert list(SpikeWatch(tmp_path, 50, phases)._normal["loss"]) == [4.0] * 20
+    assert list(SpikeWatch(tmp_path, 50, PLAIN)._normal["loss"]) == [2.0] * 30 + [4.0] * 20

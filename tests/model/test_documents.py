@@ -144,6 +144,29 @@ def test_loader_and_validation_mask_documents(tmp_path: Path) -> None:
     assert score == pytest.approx(by_hand, rel=1e-12)
 
 
+def test_rope_reads_the_positions_of_the_sequence() -> None:
+    """With document masking, positions that restart change no score; without it they do, in each sample by itself."""
+    cfg = config(1, model_num_layers=1)
+    tokens = rows()[:, :-1]
+    documents = Documents.from_eod(tokens, EOD)
+    restarted = torch.arange(S) - documents.starts
+
+    def job(ctx: ParallelContext) -> list[torch.Tensor]:
+        (stage,) = setup(cfg, ctx).stages.values()
+        found = []
+        for boundaries in (documents, None):
+            for positions in (torch.arange(S)[None], restarted):
+                with torch.no_grad():
+                    losses = stage.module(tokens, tokens, torch.ones_like(tokens), Sequence(positions, boundaries))
+                found.append(losses)
+        return found
+
+    ((masked, masked_again, whole, whole_again),) = run_ranks(layout_of(cfg), job)
+    assert torch.allclose(masked, masked_again, rtol=1e-12)
+    apart = (whole - whole_again).abs() > 1e-6
+    assert apart.tolist() == [len(lengths) > 1 for lengths in LENGTHS]
+
+
 def test_a_stage_keeps_the_windows_of_its_layers() -> None:
     """The pattern of windows counts layers of the whole model, not of a stage."""
     cfg = config(2, parallel_pipeline=2, model_num_layers=4, model_window=5, model_window_layers="wff")

@@ -16,7 +16,7 @@ from engine.distributed.layout import Layout
 from engine.ops.activation import activation, gated
 from engine.ops.embedding import embedding
 from engine.ops.linear import linear
-from engine.ops.rope import rope_table
+from engine.ops.rope import rope_at, rope_table, split_and_rope
 from tests.support import op_checks
 from tests.support.harness import run_ranks
 from tests.support.numbers import (
@@ -87,6 +87,20 @@ def test_rope_keeps_scores_relative() -> None:
 
 def test_rope_gradcheck() -> None:
     assert gradcheck(lambda x: rope_op(x, 20.0), (like(randn(1, 2, 4, 4), torch.float64),))
+
+
+def test_rope_at_the_positions_of_each_sample() -> None:
+    """One row of positions is shared by all samples; several rows are rotated as each row alone."""
+    table = rope_table(9, 6, 100.0, torch.device("cpu"), torch.float64)
+    positions = torch.tensor([[0, 1, 0, 1, 2], [4, 5, 6, 7, 8]])
+    fused = randn(5, 2, 4 * 6)
+    found = split_and_rope(fused, rope_at(table, positions), 2, 1)
+    for sample in range(2):
+        alone = split_and_rope(fused[:, sample : sample + 1], rope_at(table, positions[sample : sample + 1]), 2, 1)
+        for x, y in zip(found, alone, strict=True):
+            assert torch.allclose(x[sample], y[0], rtol=0, atol=1e-15)
+    with pytest.raises(IndexError):
+        rope_at(table, torch.tensor([[9]]))
 
 
 def test_rope_table_keeps_float32_positions_for_bf16_models() -> None:

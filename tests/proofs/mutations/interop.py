@@ -7,6 +7,14 @@ from .patch import Mutation
 
 MUTATIONS = [
     Mutation(
+        "imported_window_one_token_too_short",
+        "sliding_window is read as the number of earlier tokens, without the token itself",
+        "engine.interop.huggingface.windows:read_window",
+        '{"window": window, "window_layers": shortest_pattern(letters)}',
+        '{"window": window - 1, "window_layers": shortest_pattern(letters)}',
+        ("test_sliding_windows_are_those_of_transformers",),
+    ),
+    Mutation(
         "fused_heads_taken_for_fused_matrices",
         "query_key_value of GPT-NeoX is q of all heads, then k, then v (gpt-neox#712: gibberish)",
         "engine.interop.huggingface.weights:locate_tensors",

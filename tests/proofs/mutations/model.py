@@ -135,6 +135,14 @@ MUTATIONS = [
         shape("gpt2-t2"),
     ),
     Mutation(
+        "rope_ignores_the_positions",
+        "RoPE rotates by the index in the row, whatever positions the batch has",
+        "engine.model.transformer:Transformer.hidden",
+        "rope_at(self._rope_for(sequence.positions.shape[1]), sequence.positions)",
+        "rope_at(self._rope_for(sequence.positions.shape[1]), torch.arange(sequence.positions.shape[1])[None])",
+        ("test_rope_reads_the_positions_of_the_sequence",),
+    ),
+    Mutation(
         "window_of_every_layer",
         "layers with full attention get the sliding window too (a fault of ports of Gemma 2)",
         "engine.config.schema:LayerConfig.window",

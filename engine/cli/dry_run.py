@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -136,10 +137,11 @@ def _stages(resolved: Resolved) -> Table:
         for shape in (shapes[stage] for stage in derived.first_plan.stages_of(rank)):
             layers = f"layers {shape.layers.start}..{shape.layers.stop - 1}" if shape.layers else "no layers"
             texts.append(("embedding, " if shape.first else "") + layers + (", head" if shape.last else ""))
-        counts = {spec: math.prod(spec.local_shape()) for spec in specs}
-        size = sum(n * bytes_per_parameter(cfg, layout.data, group_of(s, cfg.optimizer)) for s, n in counts.items())
+        counts = [math.prod(spec.local_shape()) for spec in specs]
+        per_element = [bytes_per_parameter(cfg, layout.data, group_of(spec, cfg.optimizer)) for spec in specs]
+        size = sum(map(operator.mul, counts, per_element))
         sizes = (f"{x / 2**30:,.3f} GiB" for x in (size, activations[rank]))
-        table.add_row(f"{first}..{last}", "; ".join(texts), f"{sum(counts.values()):,}", *sizes)
+        table.add_row(f"{first}..{last}", "; ".join(texts), f"{sum(counts):,}", *sizes)
     return table
 
 

@@ -157,3 +157,13 @@ def test_sequence_lengths_change_in_every_layout_and_on_resume(blend: str, tmp_p
     for stop in (2, 5, 6):
         go(tmp_path / f"stop{stop}", blend, stop, **LONGER)
         assert go(tmp_path / f"stop{stop}", blend, 8, **LONGER) == whole
+
+
+def test_a_skipped_step_consumes_the_batch_of_its_phase(
+    one: tuple[Path, list[dict[str, float]]], blend: str, tmp_path: Path
+) -> None:
+    """The steps before it are the same, the tokens too, and the samples after it are those of the run without it."""
+    found = go(tmp_path, blend, 8, train_skip_steps="5")
+    assert found[:4] == one[1][:4] and [line["tokens"] for line in found] == [line["tokens"] for line in one[1]]
+    assert "loss" not in found[4] and found[5]["loss"] != one[1][5]["loss"]
+    assert found[5]["loss"] == pytest.approx(one[1][5]["loss"], rel=0.02)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.ops.draws import Key, Places
+
 
 @dataclass(frozen=True, eq=False)
 class Documents:
@@ -51,19 +53,48 @@ class Documents:
 
 
 @dataclass(frozen=True, eq=False)
+class Draws:
+    """What identifies the random numbers of a training step. samples: int64 [b], global sample numbers.
+
+    seed: of the run. step: counts from 1.
+    """
+
+    seed: int
+    step: int
+    samples: Tensor
+
+    def key(self, purpose: str, name: str) -> Key:
+        """The key of this step's draws for a purpose, at a named place of the model."""
+        return Key.of(self.seed, purpose, self.step, name)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionDropout:
+    """Dropout of a layer's attention weights with probability p. heads: of the whole model; first: first local head."""
+
+    p: float
+    name: str
+    heads: int
+    first: int
+
+
+@dataclass(frozen=True, eq=False)
 class Sequence:
     """What attends to what in a micro-batch: read by RoPE, learned positions and every attention.
 
     positions: int64 [1 or b, s], the position of each token, for RoPE and learned positions. documents: boundaries for
     document masking; None: each row is one document. causal: tokens attend to themselves and to earlier tokens only.
     window: sliding window, tokens attend only to tokens less than `window` positions away; 0: no limit. An attention
-    may have fewer queries than keys: the queries are the last ones.
+    may have fewer queries than keys: the queries are the last ones. draws: for dropout; None: nothing is drawn, as in
+    validation. dropout: of the attention weights in this layer.
     """
 
     positions: Tensor
     documents: Documents | None = None
     causal: bool = True
     window: int = 0
+    draws: Draws | None = None
+    dropout: AttentionDropout | None = None
     _derived: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
 
     @staticmethod
@@ -76,7 +107,8 @@ class Sequence:
         documents = self.documents
         if documents is not None:
             documents = Documents(move(documents.starts), move(documents.cu_seqlens))
-        return replace(self, positions=move(self.positions), documents=documents, _derived={})
+        draws = self.draws and replace(self.draws, samples=move(self.draws.samples))
+        return replace(self, positions=move(self.positions), documents=documents, draws=draws, _derived={})
 
     def for_one_forward(self) -> Sequence:
         """A copy that caches masks by itself: they are then freed with the autograd graph of one forward."""
@@ -87,6 +119,42 @@ class Sequence:
         if window == self.window:
             return self
         return self._cached(lambda: replace(self, window=window, _derived={}), "window", window)
+
+    def with_dropout(self, dropout: AttentionDropout) -> Sequence:
+        """The sequence as a layer with dropout of attention weights sees it; itself where nothing is drawn."""
+        if self.draws is None or not dropout.p:
+            return self
+        return replace(self, dropout=dropout)  # shares the masks
+
+    def places(self, first: int, count: int, features: int, offset: int, width: int) -> Places:
+        """The places (ops.draws) of elements [sample, position, feature], in rows as of a tensor [count, b, width].
+
+        The positions are [first, first + count), the features [offset, offset + width) of `features`. Cached.
+        """
+        return self._cached(
+            lambda: self._places(first, count, features, offset, width), "places", first, count, features, offset, width
+        )
+
+    def _places(self, first: int, count: int, features: int, offset: int, width: int) -> Places:
+        assert self.draws is not None
+        position = torch.arange(first, first + count, device=self.draws.samples.device)
+        token = self.draws.samples * self.positions.shape[1] + position[:, None]
+        return Places((token * features + offset).flatten(), width)
+
+    def attention_places(self, heads: int, queries: int, keys: int) -> Places:
+        """The places of attention weights [sample, head, query, key], in rows as of a tensor [b, heads, queries, keys].
+
+        Cached, because all layers have the same.
+        """
+        return self._cached(lambda: self._attention_places(heads, queries, keys), "weights", heads, queries, keys)
+
+    def _attention_places(self, heads: int, queries: int, keys: int) -> Places:
+        assert self.draws is not None and self.dropout is not None
+        device = self.draws.samples.device
+        head = torch.arange(self.dropout.first, self.dropout.first + heads, device=device)
+        query = torch.arange(keys - queries, keys, device=device)
+        row = (self.draws.samples[:, None] * self.dropout.heads + head)[..., None] * keys + query
+        return Places((row * keys).flatten(), keys)
 
     def mask(self, queries: int, keys: int) -> Tensor:
         """The attention mask, bool [1 or b, 1, queries, keys]: True where query i attends to key j. Cached."""
@@ -160,6 +228,11 @@ class MicroBatch:
         sources = None if self.sources is None else move(self.sources)
         tokens, labels, weights, samples = map(move, (self.tokens, self.labels, self.weights, self.samples))
         return MicroBatch(tokens, labels, weights, samples, self.sequence.map(move), sources)
+
+    def drawing(self, seed: int, step: int) -> MicroBatch:
+        """The same data for a training step that draws random numbers. seed: of the run; step: counts from 1."""
+        draws = Draws(seed, step, self.samples)
+        return replace(self, sequence=replace(self.sequence, draws=draws, _derived={}))
 
 
 @dataclass(frozen=True)

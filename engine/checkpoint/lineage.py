@@ -36,7 +36,10 @@ _RULES = ("optimizer.rule", "optimizer.groups")
 _NEW_STATE = "optimizer.state"  # the word that allows tensors without state in the checkpoint to start with zero state
 _SKIPS = ("train.skip_steps", "data.skip_samples")  # may change for future steps and samples
 # May change, but affects the results, so changes are reported.
-_REPORTED = ("train.steps", "train.global_batch_size", "train.precision", "train.fp8", *_SKIPS)
+_REPORTED = (
+    *("train.steps", "train.global_batch_size", "train.precision", "train.fp8", *_SKIPS),
+    *("train.dropout", "train.attention_dropout"),
+)
 _REPORTED_SECTIONS = ("optimizer", "lr_schedule", "phase")
 _RATE = "lr_schedule"  # the word that allows a jump of the learning rate
 _MAX_RATE_CHANGE = 0.01  # relative to the larger of two learning rates; more is a jump

@@ -205,13 +205,17 @@ class TrainConfig(Section):
     seq_len: int = Field(256, ge=2)
     """tokens per sequence"""
     seed: int = Field(1234, ge=0, lt=2**63)
-    """seed of the initial weights and the sample order; all its 63 bits count"""
+    """seed of the initial weights, the sample order and dropout; all its 63 bits count"""
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     """dtype of weights and activations; bf16 and fp16 keep fp32 master weights and gradients; use bf16 on GPUs"""
     loss_scale: float = Field(65536.0, gt=0)
     """fp16: initial loss scale, a power of two; it is halved when a gradient overflows"""
     loss_scale_window: int = Field(1000, ge=1)
     """fp16: number of steps without overflow after which the loss scale doubles"""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """probability of a zero in embeddings, MLP activations, and outputs of attention and MLPs; masks know no layout"""
+    attention_dropout: float = Field(0.0, ge=0, lt=1)
+    """probability of a zero among the attention weights; of the implementations only train.attention sdpa can"""
     recompute: Literal["none", "selective", "full"] = "none"
     """activations that the backward recomputes instead of saving, to save memory; selective: norms, SwiGLU product,
     attention core; full: all of a block"""

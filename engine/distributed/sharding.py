@@ -13,7 +13,7 @@ from engine.distributed.context import ParallelContext
 from engine.distributed.specs import Piece, ShardSpec
 from engine.ops.draws import Key, normal, rectangle
 
-_SLAB = 1 << 22  # initial values drawn at a time: 16 MiB
+_SLAB = 1 << 20  # initial values drawn at a time: 4 MiB
 
 
 def piece_of(piece: Piece, local: Tensor) -> Tensor:
@@ -120,6 +120,6 @@ def initialise_(params: Iterable[Parameter], ctx: ParallelContext, seed: int) ->
                     continue
                 key, width = Key.of(seed, "init", name=piece.name), piece.shape[-1]
                 places = rectangle(piece.global_shape, piece.offset, piece.shape, ctx.device)
-                rows = max(1, _SLAB // width)
+                rows = max(1, _SLAB // max(1, width))
                 for part, drawn in zip(local.view(-1, width).split(rows), places.split(rows)):
                     part.copy_(normal(key, drawn).mul_(std))

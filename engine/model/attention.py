@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine.batch import Sequence
+from engine.batch import AttentionDropout, Sequence
 from engine.config.schema import Config, LayerConfig
 from engine.distributed.context import ParallelContext
 from engine.model.build import layers_of
@@ -22,7 +23,14 @@ from engine.ops.rope import rope, split_and_rope
 def attention_names(cfg: Config, ctx: ParallelContext) -> tuple[str, ...]:
     """The attention implementations that the layers use on this rank, each once. ConfigError if one cannot run."""
     cases = (
-        attention_case(ctx.device, ctx.dtype, cfg.model.head_dim, documents=cfg.data.separate_documents, window=window)
+        attention_case(
+            ctx.device,
+            ctx.dtype,
+            cfg.model.head_dim,
+            documents=cfg.data.separate_documents,
+            window=window,
+            dropout=cfg.train.attention_dropout > 0,
+        )
         for window in dict.fromkeys(layer.window for layer in layers_of(cfg.model))
     )
     return tuple(dict.fromkeys(select_implementation(cfg.train.attention, case) for case in cases))
@@ -40,7 +48,10 @@ class Attention(nn.Module):
         t = ctx.tensor.size
         self.n, self.m, self.d = cfg.num_heads // t, max(1, cfg.num_kv_heads // t), cfg.head_dim
         self.qkv, self.out = ColumnLinear(specs.qkv, build), RowLinear(specs.out, build)
-        case = attention_case(ctx.device, ctx.dtype, self.d, documents=backends.documents, window=layer.window)
+        p = backends.attention_dropout
+        what: dict[str, Any] = {"documents": backends.documents, "window": layer.window, "dropout": p > 0}
+        case = attention_case(ctx.device, ctx.dtype, self.d, **what)
+        self.dropout = AttentionDropout(p, f"{name}.weights", cfg.num_heads, ctx.tensor.rank * self.n)
         self.window, self.attend = layer.window, select_core(backends.attention, case)
         self.rope, self.split_and_rope = backends.fuse(rope), backends.fuse(split_and_rope)
         self.head_norms = self.projection_norms = None
@@ -56,7 +67,8 @@ class Attention(nn.Module):
 
         recipe: recompute x in the backward instead of saving it; the attention core is then recomputed too.
         """
-        fused, core = self.qkv(x, recipe), partial(self._core, sequence=sequence.with_window(self.window))
+        sequence = sequence.with_window(self.window).with_dropout(self.dropout)
+        fused, core = self.qkv(x, recipe), partial(self._core, sequence=sequence)
         if recipe is None:
             return self.out(core(fused, rope_table))
         norms = [m for m in (self.head_norms, self.projection_norms) if m is not None]

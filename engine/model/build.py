@@ -25,8 +25,8 @@ UNSHARDED = Workload()
 class SublayerType:
     """A mixer or feed-forward. declare(layer, workload, name) -> its declaration. module: of [s, b, h] -> [s, b, h].
 
-    module(layer, build, name) makes it; engine.model.layers has Build. Its forward is called as (x, recipe=recipe), a
-    mixer's with its context after x.
+    module(layer, build, name) makes it; engine.model.layers has Build. Its forward is called as (x, sequence,
+    recipe=recipe), a mixer's with more context before the sequence.
     """
 
     declare: Callable[[LayerConfig, Workload, str], Declaration]

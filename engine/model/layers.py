@@ -46,13 +46,15 @@ class ComputeBackends:
 
     attention: implementation name (ops.attention) or "auto", by which each layer chooses its core. documents: with
     document masking. matmul: matmuls of the linear layers. fuse: wrapper for the functions between matmuls, attention
-    and collectives: the identity or torch.compile.
+    and collectives: the identity or torch.compile. dropout, attention_dropout: probabilities, as in TrainConfig.
     """
 
     attention: str = "auto"
     documents: bool = False
     matmul: MatmulBackend = PLAIN_MATMUL
     fuse: Callable[[Callable[..., Any]], Callable[..., Any]] = _identity
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
 
 
 DEFAULT_BACKENDS = ComputeBackends()

@@ -45,8 +45,9 @@ def build_stages(
 
 
 def compute_backends(cfg: Config) -> ComputeBackends:
-    """The backends selected by train.attention, train.fp8, train.compile and data.separate_documents."""
+    """The backends selected by train.attention, fp8, compile and dropout, and data.separate_documents."""
     train = cfg.train
     matmul = PLAIN_MATMUL if train.fp8 == "none" else Fp8(rowwise=train.fp8 == "rowwise", compile=train.compile)
     backends = ComputeBackends(train.attention, cfg.data.separate_documents, matmul)
+    backends = replace(backends, dropout=train.dropout, attention_dropout=train.attention_dropout)
     return replace(backends, fuse=compiled) if train.compile else backends

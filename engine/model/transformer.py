@@ -16,6 +16,7 @@ from engine.config.schema import LayerConfig, ModelConfig
 from engine.distributed.sharding import Parameter, new_parameter
 from engine.model.build import FEED_FORWARDS, MIXERS, StageShape, layers_of, load_class
 from engine.model.declarations import FINAL_NORM, branch_norms, norm, position_matrix, vocab_matrix
+from engine.model.dropout import Dropout
 from engine.model.layers import Build, ModelPart, Norm, PositionEmbedding, VocabEmbedding, VocabHead
 from engine.model.residual import BRANCHES, Branch, in_parallel, in_sequence
 from engine.ops.recompute import recompute
@@ -29,7 +30,7 @@ def mixer_of(layer: LayerConfig, build: Build, name: str) -> nn.Module:
 
 
 def feed_forward_of(layer: LayerConfig, build: Build, name: str) -> nn.Module:
-    """The feed-forward of a layer, (x [s, b, h], recipe=) -> [s, b, h]. name: of its tensors."""
+    """The feed-forward of a layer, (x [s, b, h], sequence, recipe=) -> [s, b, h]. name: of its tensors."""
     module: nn.Module = load_class(FEED_FORWARDS[layer.feed_forward].module)(layer, build, name)
     return module
 
@@ -48,7 +49,8 @@ class Block(nn.Module):
 
         def branch(name: str, sublayer: nn.Module) -> Branch:
             norms = tuple(Norm(specs, cfg, build) for specs in branch_norms(layer, name))
-            return BRANCHES[cfg.norm_position](norms, sublayer, build.recompute == "selective")
+            dropout = Dropout(build.backends.dropout, name, build.ctx.sequence, build.ctx.self_axis)
+            return BRANCHES[cfg.norm_position](norms, sublayer, dropout, build.recompute == "selective")
 
         self.attention = branch(f"{name}.attention", mixer_of(layer, build, f"{name}.attention"))
         self.mlp = branch(f"{name}.mlp", feed_forward_of(layer, build, f"{name}.mlp"))
@@ -74,6 +76,7 @@ class Transformer(ModelPart):
             weight = new_parameter(vocab_matrix(cfg, tensor, head=False), ctx)
             self.embed = VocabEmbedding(weight, ctx, cfg.hidden_size**0.5 if cfg.scale_embeddings else 1.0)
             self.positions = PositionEmbedding(position_matrix(cfg), ctx) if cfg.positions == "learned" else None
+        self.dropout = Dropout(build.backends.dropout, "embed", ctx.sequence, ctx.self_axis)
         layers = layers_of(cfg)
         blocks = (Block(layers[n], build.of_block(i)) for i, n in enumerate(shape.layers))
         self.layers = nn.ModuleDict(dict(zip(map(str, shape.layers), blocks)))
@@ -104,6 +107,7 @@ class Transformer(ModelPart):
             x = self.embed(x)
             if self.positions is not None:
                 x = self.positions(x, sequence)
+            x = self.dropout(x, sequence)
         table = rope_at(self._rope_for(sequence.positions.shape[1]), sequence.positions)
         sequence = sequence.for_one_forward()
         for block in self.layers.values():

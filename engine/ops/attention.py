@@ -20,6 +20,7 @@ import functools
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -35,8 +36,8 @@ class AttentionCase:
     """The inputs of the selection of an attention implementation.
 
     documents: with document masking. causal: tokens attend to earlier tokens only. window: sliding window of the layer
-    in tokens, 0: none. capability: compute capability of the CUDA device, such as (9, 0). custom: the custom kernel can
-    run.
+    in tokens, 0: none. dropout: of attention weights. capability: compute capability of the CUDA device, such as
+    (9, 0). custom: the custom kernel can run.
     """
 
     device: str
@@ -45,6 +46,7 @@ class AttentionCase:
     documents: bool = False
     causal: bool = True
     window: int = 0
+    dropout: bool = False
     capability: tuple[int, int] = (0, 0)
     custom: bool = False
 
@@ -57,11 +59,12 @@ def attention_case(
     documents: bool = False,
     causal: bool = True,
     window: int = 0,
+    dropout: bool = False,
 ) -> AttentionCase:
-    """The case of heads of this dtype and head_dim on a device; documents, causal, window: as in AttentionCase."""
+    """The case of heads of this dtype and head_dim on a device; the other arguments: as in AttentionCase."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     custom = can_run_custom_attention(torch.empty(1, 1, 1, head_dim, device=device, dtype=dtype))
-    return AttentionCase(device.type, dtype, head_dim, documents, causal, window, capability, custom)
+    return AttentionCase(device.type, dtype, head_dim, documents, causal, window, dropout, capability, custom)
 
 
 @functools.cache
@@ -80,7 +83,13 @@ def why_unavailable(name: str, case: AttentionCase, missing: Mapping[str, str]) 
     """Why the implementation `name` cannot run in a case; "" if it can. missing: from `missing_packages`."""
     if name == "own" and not case.custom:
         return "needs fp32 on a CPU with AVX2, and engine._ops built"
-    if why := CORES[name].lacks(documents=case.documents, causal=case.causal, window=case.window):
+    what: dict[str, Any] = {
+        "documents": case.documents,
+        "causal": case.causal,
+        "window": case.window,
+        "dropout": case.dropout,
+    }
+    if why := CORES[name].lacks(**what):
         return why
     if name in ("own", "sdpa"):
         return ""

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from engine.batch import Sequence
+from engine.batch import AttentionDropout, Sequence
 from engine.errors import ConfigError, FieldError
+from engine.ops.draws import dropout
 
 PACKAGES = {
     "flash-attn-3": "flash_attn_interface",
@@ -31,7 +32,7 @@ PACKAGES = {
 
 @dataclass(frozen=True)
 class Core:
-    """One attention implementation. documents, bidirectional, windows, fewer_queries: what it can do."""
+    """One attention implementation. documents, bidirectional, windows, fewer_queries, dropout: what it can do."""
 
     name: str
     run: Callable[[Tensor, Tensor, Tensor, Sequence], Tensor]
@@ -39,17 +40,20 @@ class Core:
     bidirectional: bool = True
     windows: bool = True
     fewer_queries: bool = True
+    dropout: bool = False
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
         """q [b, n, s, d], k and v [b, m, keys, d] -> [s, b, n * d]. ConfigError if it cannot do this sequence."""
         masked, fewer = sequence.documents is not None, q.shape[2] != k.shape[2]
-        why = self.lacks(documents=masked, causal=sequence.causal, window=sequence.window, fewer_queries=fewer)
-        if why:
+        what: dict[str, Any] = {"documents": masked, "window": sequence.window, "dropout": sequence.dropout is not None}
+        if why := self.lacks(causal=sequence.causal, fewer_queries=fewer, **what):
             fix = "Use auto, or sdpa, which can."
             raise ConfigError([FieldError("ops.attention-cannot", "train.attention", self.name, why, fix)])
         return self.run(q, k, v, sequence)
 
-    def lacks(self, *, documents: bool, causal: bool, window: int, fewer_queries: bool = False) -> str:
+    def lacks(
+        self, *, documents: bool, causal: bool, window: int, fewer_queries: bool = False, dropout: bool = False
+    ) -> str:
         """Why it cannot compute such attention; "" if it can."""
         if documents and not self.documents:
             return "has no document masking (data.separate_documents)"
@@ -59,6 +63,8 @@ class Core:
             return "is causal only"
         if fewer_queries and not self.fewer_queries:
             return "needs as many queries as keys"
+        if dropout and not self.dropout:
+            return "has no dropout of attention weights by place (train.attention_dropout)"
         return ""
 
 
@@ -96,10 +102,21 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
         v = v.contiguous()
     else:  # each KV head serves n / m consecutive query heads
         k, v = (x.repeat_interleave(n // m, dim=1) for x in (k, v))
+    if sequence.dropout is not None:
+        return _merge_heads(_with_dropout(q, k, v, sequence, sequence.dropout))
     whole = sequence.documents is None and not sequence.window
     if whole and (s == keys or not sequence.causal):  # torch's own causal mask aligns the first query with key 0
         return _merge_heads(scaled_dot_product_attention(q, k, v, is_causal=sequence.causal))
     return _merge_heads(scaled_dot_product_attention(q, k, v, attn_mask=sequence.mask(s, keys)))
+
+
+def _with_dropout(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, how: AttentionDropout) -> Tensor:
+    """Attention whose weights, after the softmax, are dropped by a keyed mask: torch's SDPA draws its own."""
+    (n, s, d), keys = q.shape[1:], k.shape[2]
+    scores = (q @ k.transpose(2, 3) * d**-0.5).masked_fill(~sequence.mask(s, keys), -torch.inf)
+    weights = torch.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    assert sequence.draws is not None
+    return dropout(weights, sequence.draws.key("dropout", how.name), sequence.attention_places(n, s, keys), how.p) @ v
 
 
 def _sdpa_backends(backends: list[SDPBackend], q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
@@ -171,6 +188,6 @@ CORES: dict[str, Core] = {
         Core("varlen", _varlen, fewer_queries=False),
         Core("flash-attn-3", partial(_flash_attn_package, PACKAGES["flash-attn-3"]), fewer_queries=False),
         Core("flash-attn-2", partial(_flash_attn_package, PACKAGES["flash-attn-2"]), fewer_queries=False),
-        Core("sdpa", _sdpa),
+        Core("sdpa", _sdpa, dropout=True),
     )
 }

@@ -1,7 +1,7 @@
 """Activation recomputation (Chen et al. 2016): save only a function's inputs, and run it again in the backward.
 
-The same operations on the same values give the same bits, so only time and memory change. No RNG state is saved: the
-engine draws no random numbers in a forward pass.
+The same operations on the same values give the same bits, so only time and memory change. No RNG state is saved: random
+numbers (dropout) are keyed draws (ops.draws), which are the same whenever they are drawn.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def train_step(
     """
     cfg, ctx, scale = state.cfg, state.ctx, state.scale.value
     tokens = count_tokens(batches, state.plan, ctx)  # on the host, to avoid a synchronisation with the GPU
-    batches = [b.to(ctx.device) for b in batches]
+    batches = [b.to(ctx.device).drawing(cfg.train.seed, state.step + 1) for b in batches]
     state.enter(state.phase)
     for stage in state.buckets:
         stage.zero_grad()

@@ -56,8 +56,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("config.load",),
     ("cli.schedule_pages",),
     ("distributed.board",),  # no torch up to here
-    ("distributed.shared_memory", "distributed.env", "batch", "ops.native", "ops.draws"),
-    ("distributed.context", "distributed.network", "distributed.failure"),
+    ("distributed.shared_memory", "distributed.env", "ops.native", "ops.draws"),
+    ("batch", "distributed.context", "distributed.network", "distributed.failure"),
     ("distributed.sharding",),
     ("distributed.collectives", "distributed.launch"),
     ("distributed.pair", "ops", "data.tokenize.file_names"),

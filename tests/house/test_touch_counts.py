@@ -87,7 +87,7 @@ class SquaredMLP(nn.Module):
         into, out = toy_specs(layer, build.tensor, name)
         self.into, self.out = ColumnLinear(into, build), RowLinear(out, build)
 
-    def forward(self, x: Tensor, recipe: RecomputeRecipe | None = None) -> Tensor:
+    def forward(self, x: Tensor, sequence: Any, recipe: RecomputeRecipe | None = None) -> Tensor:
         fused = self.into(x, recipe)
         return self.out(SquaredRelu.apply(fused), RecomputeRecipe(SquaredRelu.apply, (fused,)) if recipe else None)
 

@@ -7,6 +7,7 @@ Python, quantiles of the standard library, the error function of torch in float6
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 from statistics import NormalDist
 from typing import Any
@@ -16,14 +17,17 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from engine.batch import AttentionDropout, Documents, Draws, Sequence
 from engine.data.samples.keyed import derive_key
 from engine.errors import ConfigError
 from engine.ops import draws, native
+from engine.ops.attention import attention_case, select_implementation
+from engine.ops.attention_cores import CORES
 from engine.ops.draws import Key, Places, bits, dropout, keep, normal, rectangle, uniform
 from tests.support import op_checks
 from tests.support.cases import config
 from tests.support.errors import raises
-from tests.support.numbers import randn
+from tests.support.numbers import randn, relative
 
 CPU = torch.device("cpu")
 SOME = Key.of(5, "test", 3, "layers.1")
@@ -233,3 +237,52 @@ def test_the_gradient_of_dropout(kernels: bool) -> None:
             y = dropout(x, SOME, places, 0.4)
     assert [t.shape for t in saved] == [(6,)], "no mask and no input is saved"
     assert torch.equal(y.detach()[y != 0], (x.detach() * (1 / 0.6))[y != 0])
+
+
+# -- dropout of attention weights
+
+
+def heads(seed: int, n: int, s: int, d: int = 6) -> Tensor:
+    return randn(2, n, s, d, seed=seed)
+
+
+def with_dropout(sequence: Sequence, p: float, heads: int, first: int = 0) -> Sequence:
+    draws = Draws(3, 5, torch.tensor([7, 2]))
+    return replace(sequence, draws=draws).with_dropout(AttentionDropout(p, "layers.1.weights", heads, first))
+
+
+def test_attention_weights_are_dropped_after_the_softmax() -> None:
+    """Against a softmax over an explicit mask, and a mask of the element's index (sample, head, query, key)."""
+    n, m, s, p = 4, 2, 9, 0.3
+    q, k, v = heads(0, n, s), heads(1, m, s), heads(2, m, s)
+    starts = torch.tensor([[0, 0, 0, 3, 3, 5, 6, 6, 6], [0] * 9])
+    plain = Sequence.of_rows(s, Documents.from_starts(starts))
+    sequence = with_dropout(plain, p, n)
+    key = Key.of(3, "dropout", 5, "layers.1.weights")
+    whole = torch.stack([keep(key, Places(torch.tensor([x * n * s * s]), n * s * s), p).view(n, s, s) for x in (7, 2)])
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    keys, values = (x.repeat_interleave(n // m, 1) for x in leaves[1:])
+    seen = (torch.arange(s) >= starts[:, None, :, None]) & (torch.arange(s) <= torch.arange(s)[:, None])
+    weights = (leaves[0] @ keys.transpose(2, 3) * 6**-0.5).masked_fill(~seen, -torch.inf).softmax(-1)
+    exact = ((weights * whole / (1 - p)) @ values).permute(2, 0, 1, 3).reshape(s, 2, -1)
+    found = CORES["sdpa"](q, k, v, sequence)
+    assert relative(found, exact) < 1e-14
+    grad = randn(*exact.shape, seed=9)
+    for a, b in zip(torch.autograd.grad(found, leaves, grad), torch.autograd.grad(exact, leaves, grad)):
+        assert relative(a, b) < 1e-13
+    half = CORES["sdpa"](q[:, 2:], k[:, 1:], v[:, 1:], with_dropout(plain, p, n, 2))  # the second of two tensor ranks
+    assert relative(half, found[..., 12:]) < 1e-14
+
+
+def test_only_the_reference_drops_attention_weights() -> None:
+    sequence = with_dropout(Sequence.of_rows(5), 0.1, 2)
+    for name, core in CORES.items():
+        if name != "sdpa":
+            with raises(ConfigError, "ops.attention-cannot", "train.attention", name, "attention_dropout"):
+                core(heads(0, 2, 5), heads(1, 2, 5), heads(2, 2, 5), sequence)
+    case = attention_case(CPU, torch.float32, 64, dropout=True)
+    assert select_implementation("auto", case) == "sdpa"
+    with raises(ConfigError, "ops.attention-not-available", "own"):
+        select_implementation("own", case)
+    plain = Sequence.of_rows(5)
+    assert plain.with_dropout(AttentionDropout(0.5, "x", 2, 0)) is plain, "no draws in validation"

@@ -47,6 +47,8 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
 PIPELINE = {"parallel_pipeline": 2, "parallel_data": 2, "model_num_layers": 4}
 TENSOR = {"parallel_tensor": 2, "parallel_data": 2, "model_num_layers": 2, "model_qk_norm": True}
 TIED = {"parallel_pipeline": 2, "parallel_data": 2, "model_num_layers": 2, "model_tie_embeddings": True}
+DROPOUT = {"parallel_tensor": 2, "parallel_pipeline": 2, "model_num_layers": 2, "train_dropout": 0.2}
+DROPOUT |= {"train_attention_dropout": 0.1}
 CHANGES: list[tuple[dict[str, Any], list[dict[str, Any]]]] = [
     (
         PIPELINE,
@@ -78,11 +80,20 @@ CHANGES: list[tuple[dict[str, Any], list[dict[str, Any]]]] = [
             {"parallel_overlap": False},
         ],
     ),
+    (
+        DROPOUT,
+        [
+            {"train_recompute": "selective"},
+            {"train_recompute": "full"},
+            {"parallel_schedule": "zb-h1", "train_recompute": "full"},
+            {"parallel_schedule": "zb-h1", "parallel_keep_gathered": True},
+        ],
+    ),
 ]
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.heavy)])
-@pytest.mark.parametrize(("base", "changes"), CHANGES, ids=["pipeline", "tensor", "tied"])
+@pytest.mark.parametrize(("base", "changes"), CHANGES, ids=["pipeline", "tensor", "tied", "dropout"])
 def test_options_that_change_no_bit(base: dict[str, Any], changes: list[dict[str, Any]], precision: str) -> None:
     """Schedule, recomputation, ZeRO-1, bucket size and overlap move work and bytes, but change no arithmetic."""
     base = {**base, "train_global_batch_size": 8, "train_precision": precision}
@@ -106,7 +117,8 @@ def test_pipeline_degree_changes_no_bit(precision: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
 def test_resume_in_the_same_layout_changes_no_bit(tmp_path: Path, precision: str, stop: int) -> None:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[precision]
-    cfg = config(4, parallel_tensor=2, parallel_data=2, train_precision=precision, model_num_layers=2)
+    dropout = {"train_dropout": 0.2, "train_attention_dropout": 0.1} if precision == "fp64" else {}
+    cfg = config(4, parallel_tensor=2, parallel_data=2, train_precision=precision, model_num_layers=2, **dropout)
 
     def through(ctx: ParallelContext) -> Any:
         state = setup(cfg, ctx)

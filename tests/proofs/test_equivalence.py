@@ -18,7 +18,7 @@ import engine.parallel.gradients as gradients_module
 from engine.batch import Documents, Sequence
 from engine.config.phases import model_of as model_in
 from engine.config.phases import phases_of
-from engine.config.schema import Config, ModelConfig
+from engine.config.schema import Config
 from engine.distributed.collectives import all_gather_into_start, all_reduce_start, reduce_scatter_start
 from engine.distributed.context import Axis, ParallelContext, make_context
 from engine.distributed.layout import Layout
@@ -37,7 +37,7 @@ from tests.support.cases import (
     weights_of,
 )
 from tests.support.harness import run_ranks
-from tests.support.numbers import attention_reference, rms_norm_reference, rope_reference, swiglu_reference
+from tests.support.plain_model import plain_loss
 from tests.support.runs import TINY, run
 
 
@@ -81,6 +81,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "micro_batch_size": (1, 2),
     "window": (0, 5),
     "phases": ("none", "ramp"),
+    "dropout": (0.0, 0.2),
     "model": tuple(MODELS),
     "groups": tuple(GROUPS),
 }
@@ -142,7 +143,12 @@ def config_of(case: Case) -> Config:
         optimizer_groups=GROUPS[case["groups"]],
         **ramp_of(case),
         **model_of(case),
+        **dropout_of(case["dropout"]),
     )
+
+
+def dropout_of(p: float) -> dict[str, float]:
+    return {"train_dropout": p, "train_attention_dropout": p / 2} if p else {}
 
 
 def model_of(case: Case) -> dict[str, Any]:
@@ -154,7 +160,7 @@ def model_of(case: Case) -> dict[str, Any]:
 def figures(case: Case) -> dict[str, float]:
     """The largest relative difference to one process: initial weights, loss, norm, gradients, final weights."""
     cfg = config_of(case)
-    options = model_of(case) | {"model_num_layers": cfg.model.num_layers}
+    options = model_of(case) | dropout_of(case["dropout"]) | {"model_num_layers": cfg.model.num_layers}
     one = reference(case["groups"], **options, train_global_batch_size=batch_of(case), **ramp_of(case))
     many = run(cfg)
     return {
@@ -186,7 +192,7 @@ def name_of(case: Case) -> str:
             *flags,
             case["recompute"],
             f"b{case['micro_batch_size']}",
-            *(["window"] if case["window"] else []),
+            *(name for name in ("window", "dropout") if case[name]),
             *(["ramp"] if case["phases"] == "ramp" else []),
             case["model"],
             *([f"groups-{case['groups']}"] if case["groups"] != "none" else []),
@@ -239,6 +245,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "interleaved": {"parallel_pipeline": 2, "parallel_schedule": "interleaved", "model_num_layers": 4},
     "zero": {"parallel_data": 2},
     "data": {"parallel_data": 2, "parallel_zero": 0, "parallel_overlap": False},
+    "dropout": {"parallel_tensor": 2, "train_recompute": "full"} | dropout_of(0.3),
+    "dropout_data": {"parallel_data": 2} | dropout_of(0.3),
 }
 
 
@@ -326,51 +334,6 @@ def test_pending_collectives_are_waited_for(zero: int, bucket_mib: float, monkey
 
 
 # -- one process against plain torch: errors that are the same in every layout -----------------------------------------
-
-
-def hidden_keys(cfg: ModelConfig, layer: int, starts: list[list[int]]) -> torch.Tensor:
-    """bool [b, s, s]: keys in another document, or before the window of a layer that has one. Element by element."""
-    window = cfg.window if (cfg.window_layers or "w")[layer % max(1, len(cfg.window_layers))] == "w" else 0
-    hidden = [
-        [
-            [begin[i] != begin[j] or (window > 0 and i - j >= window) for j in range(len(begin))]
-            for i in range(len(begin))
-        ]
-        for begin in starts
-    ]
-    return torch.tensor(hidden)
-
-
-def plain_loss(cfg: ModelConfig, w: dict[str, torch.Tensor], batch: Any, starts: Any = None) -> torch.Tensor:
-    """The sum of the losses of the tokens in the loss mask, by torch's autograd without code of the engine.
-
-    starts: of the document of each position of each row; None: each row is one document.
-    """
-    b, s = batch.tokens.shape
-    starts = starts or [[0] * s] * b
-    norm = lambda x, name: rms_norm_reference(x, w[f"{name}.weight"], cfg.norm_eps)  # noqa: E731
-    x = w["embed.weight"][batch.tokens.t()]
-    after = "norm" if cfg.norm_position == "post" else "post_norm"
-    for layer in range(cfg.num_layers):
-        at = f"layers.{layer}"
-        y = x if cfg.norm_position == "post" else norm(x, f"{at}.attention_norm")
-        q, k, v = ((y @ w[f"{at}.attention.{part}.weight"].t()).view(s, b, -1, cfg.head_dim) for part in "qkv")
-        q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))
-        if cfg.qk_norm:
-            q, k = norm(q, f"{at}.attention.q_norm"), norm(k, f"{at}.attention.k_norm")
-        q, k = rope_reference(q, cfg.rope_theta), rope_reference(k, cfg.rope_theta)
-        heads = attention_reference(q, k, v, hidden_keys(cfg, layer, starts))
-        attended = heads @ w[f"{at}.attention.out.weight"].t()
-        if cfg.norm_position != "pre":
-            attended = norm(attended, f"{at}.attention_{after}")
-        between = x if cfg.parallel_residual else x + attended
-        y = between if cfg.norm_position == "post" else norm(between, f"{at}.mlp_norm")
-        fused = torch.cat([y @ w[f"{at}.mlp.{part}.weight"].t() for part in ("gate", "up")], -1)
-        added = swiglu_reference(fused) @ w[f"{at}.mlp.down.weight"].t()
-        x = x + attended + (added if cfg.norm_position == "pre" else norm(added, f"{at}.mlp_{after}"))
-    logits = norm(x, "norm") @ w["embed.weight" if cfg.tie_embeddings else "head.weight"].t()
-    losses = torch.nn.functional.cross_entropy(logits.permute(1, 2, 0), batch.labels, reduction="none")
-    return (losses * batch.weights).sum()
 
 
 @pytest.mark.parametrize("phases", ["none", "ramp"])

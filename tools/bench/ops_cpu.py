@@ -6,6 +6,7 @@ update: gradient norm, clipping, AdamW and zeroing over the 58 M parameters of t
 buckets. Before: a norm by torch in blocks, a pass that scales the gradients, AdamW. Now: `sum_squares`, AdamW scales.
 documents: attention over 8 documents per sequence, forward and backward, against SDPA with a mask and one document.
 lengths: attention over whole sequences of 512 to 8,192 tokens, against SDPA.
+draws: 16 M keyed normals, and dropout of 16 M values, against torch's.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from engine.distributed.layout import Layout
 from engine.distributed.sharding import Parameter
 from engine.distributed.specs import Chunk, Role, ShardSpec
 from engine.ops import native
+from engine.ops.draws import Key, dropout, normal, rectangle
 from engine.optim.clip import NormCounter, sum_squares
 from engine.optim.optimizer import Optimizer
 from engine.parallel.gradients import GradBuckets, make_buckets
@@ -116,6 +118,23 @@ def lengths(repeats: int) -> None:
         in_turns({"own": heads.own, "SDPA": heads.sdpa}, repeats)
 
 
+def draws(repeats: int) -> None:
+    n = 1 << 24
+    x, key, places = (
+        torch.randn(4096, n // 4096),
+        Key.of(1, "bench"),
+        rectangle((4096, n // 4096), (0, 0), (4096, n // 4096), torch.device("cpu")),
+    )
+    print("16 M random values")
+    ways: dict[str, Callable[[], object]] = {
+        "normals": lambda: normal(key, places),
+        "torch's normal_": lambda: torch.empty_like(x).normal_(),
+        "dropout": lambda: dropout(x, key, places, 0.1),
+        "torch's dropout": lambda: torch.nn.functional.dropout(x, 0.1),
+    }
+    in_turns(ways, repeats)
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--repeats", type=int, default=9)
@@ -127,6 +146,7 @@ def main() -> None:
     update(args.repeats)
     documents(args.repeats)
     lengths(args.repeats)
+    draws(args.repeats)
 
 
 if __name__ == "__main__":

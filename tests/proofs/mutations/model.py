@@ -114,7 +114,7 @@ MUTATIONS = [
         "parallel_residual_in_sequence",
         "the MLP of a parallel block reads the output of attention",
         "engine.model.residual:in_parallel",
-        "return x + mixer(x, *context) + feed_forward(x)",
+        "return x + mixer(x, *context) + feed_forward(x, context[-1])",
         "return in_sequence(mixer, feed_forward, x, *context)",
         ("test_residual_forms_equal_plain_torch[pre-True]",),
     ),

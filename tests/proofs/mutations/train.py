@@ -115,7 +115,7 @@ MUTATIONS = [
         "state.step + 1",
         "state.optimizer.steps + 1",
         OVERFLOW,
-        nth=(3, 3),
+        nth=(4, 4),
     ),
     Mutation(
         "moments_not_loaded",
@@ -148,7 +148,7 @@ MUTATIONS = [
         "state.step + 1",
         'state.step + 1 - state.__dict__.setdefault("begun", state.step)',
         RESUME,
-        nth=(3, 3),
+        nth=(4, 4),
     ),
     Mutation(
         "update_overtakes_the_copy",

@@ -1,0 +1,108 @@
+"""Faults of keyed draws: initial values and dropout that depend on the layout, on recomputation, or on nothing."""
+
+from __future__ import annotations
+
+from .catchers import small
+from .patch import Mutation
+
+PLAIN = ("test_dropout_equals_plain_torch[False-pre]",)
+_KEY = 'sequence.draws.key("dropout", self.name)'
+
+MUTATIONS = [
+    Mutation(
+        "initial_values_by_local_place",
+        "each tensor rank draws the values of the first part of a tensor",
+        "engine.distributed.sharding:initialise_",
+        "rectangle(piece.global_shape, piece.offset, piece.shape, ctx.device)",
+        "rectangle(piece.global_shape, (0,) * len(piece.offset), piece.shape, ctx.device)",
+        small("sequence"),
+    ),
+    Mutation(
+        "dropout_mask_by_rank",
+        "tensor ranks draw their masks from different keys",
+        "engine.model.dropout:Dropout.__call__",
+        _KEY,
+        'sequence.draws.key("dropout", f"{self.name} {self.positions.rank}")',
+        small("dropout"),
+    ),
+    Mutation(
+        "dropout_mask_by_local_position",
+        "under sequence parallelism each rank draws the mask of the first part of the sequence",
+        "engine.model.dropout:Dropout.__call__",
+        "self.positions.rank * s",
+        "0",
+        small("dropout"),
+    ),
+    Mutation(
+        "dropout_mask_without_the_tensor_offset",
+        "each tensor rank draws the mask of the first inner activations of an MLP",
+        "engine.model.dropout:Dropout.__call__",
+        "self.features.rank * f",
+        "0",
+        small("dropout"),
+    ),
+    Mutation(
+        "dropout_mask_of_the_first_heads",
+        "each tensor rank draws the mask of the first heads' attention weights",
+        "engine.model.attention:Attention.__init__",
+        "ctx.tensor.rank * self.n",
+        "0",
+        small("dropout"),
+    ),
+    Mutation(
+        "dropout_mask_by_local_sample",
+        "data ranks draw the same masks for their samples",
+        "engine.batch:Sequence._places",
+        "self.draws.samples * self.positions.shape[1]",
+        "torch.arange(len(self.draws.samples)) * self.positions.shape[1]",
+        small("dropout_data"),
+    ),
+    Mutation(
+        "dropout_mask_redrawn_in_recompute",
+        "the recomputation of a block draws another mask than its forward",
+        "engine.model.dropout:Dropout.__call__",
+        _KEY,
+        'sequence.draws.key("dropout", f"{self.name} {x.requires_grad}")',
+        small("dropout"),
+    ),
+    Mutation(
+        "dropout_mask_redrawn_in_backward",
+        "the gradient is masked by another mask than the activation",
+        "engine.ops.draws:_Dropout.backward",
+        "_dropped(grad, starts, ctx.key, ctx.p)",
+        "_dropped(grad, starts, Key(0, 0), ctx.p)",
+        ("test_the_gradient_of_dropout[reference]",),
+    ),
+    Mutation(
+        "dropout_mask_of_every_step_equal",
+        "the step is not part of the key",
+        "engine.batch:Draws.key",
+        "Key.of(self.seed, purpose, self.step, name)",
+        "Key.of(self.seed, purpose, 1, name)",
+        PLAIN,
+    ),
+    Mutation(
+        "dropout_without_scale",
+        "kept activations are not divided by 1 - p",
+        "engine.ops.draws:_dropped",
+        "1 / (1 - p)",
+        "1.0",
+        PLAIN,
+    ),
+    Mutation(
+        "inner_activations_not_dropped",
+        "an MLP does not drop its inner activations",
+        "engine.model.feed_forward:MLP._activate",
+        "self.dropout(self.activation(fused), sequence)",
+        "self.activation(fused)",
+        PLAIN,
+    ),
+    Mutation(
+        "dropout_in_validation",
+        "validation drops activations",
+        "engine.train.evaluate:Evaluator._chunk",
+        "batch.to(self.ctx.device)",
+        "batch.to(self.ctx.device).drawing(1, 1)",
+        ("test_validation_drops_nothing",),
+    ),
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from dataclasses import replace
@@ -217,12 +218,13 @@ SPECIAL = [
     {"parallel_pipeline": 2, "parallel_layers": "0,2,2,0", "parallel_schedule": "zb-v", "model_num_layers": 4},
     {"parallel_pipeline": 1, "parallel_schedule": "zb-v", "model_num_layers": 2, "model_tie_embeddings": True},
     {"train_recompute": "full", "train_recompute_layers": 1, "parallel_pipeline": 2, "model_num_layers": 4},
+    {"parallel_data": 4, "parallel_transport": "gloo", "model_num_layers": 2},  # gloo's ring adds in another order
 ]
 
 
 @pytest.mark.parametrize("overrides", SPECIAL, ids=str)
 def test_special_layouts_equal_one_process(overrides: dict[str, Any]) -> None:
-    world = overrides.get("parallel_tensor", 1) * overrides.get("parallel_pipeline", 1)
+    world = math.prod(overrides.get(f"parallel_{axis}", 1) for axis in ("tensor", "pipeline", "data"))
     model = {name: value for name, value in overrides.items() if name.startswith("model_")}
     one, many = reference(**model), run(config(world, **overrides))
     assert many["losses"][0] == pytest.approx(one["losses"][0], rel=1e-11)

@@ -55,6 +55,7 @@ class Workload:
 
     tensor: tensor ranks. sequence: whether sequence parallelism is on. element_bytes: of the compute dtype.
     attention: implementation of the attention core (engine.ops.attention). documents: with document masking.
+    attention_dropout: with dropout of attention weights.
     """
 
     tensor: int = 1
@@ -65,6 +66,7 @@ class Workload:
     element_bytes: int = 4
     attention: str = "flash"
     documents: bool = False
+    attention_dropout: bool = False
 
     @property
     def tokens(self) -> int:
@@ -238,6 +240,9 @@ def attention(layer: LayerConfig, work: Workload, name: str) -> Declaration:
         core += out  # the heads are merged into a copy
     if work.attention == "sdpa" and (work.documents or layer.window):
         core += (work.micro_batch_size if work.documents else 1) * work.seq_len**2 * e  # a mask, added to the scores
+    if work.attention_dropout:  # weights after the softmax and after dropout, and a mask; no output, no log-sum-exp
+        core = kept * head + out + n * rows * work.seq_len * (work.stat_bytes + e)
+        core += (work.micro_batch_size if work.documents else 1) * work.seq_len**2
     norms = 0
     if cfg.qk_norm and cfg.qk_norm_span == "head":
         copies = 1 if work.attention == "sdpa" else 2  # of q and k; if v is not copied, it is a view of q|k|v

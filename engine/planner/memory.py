@@ -34,7 +34,8 @@ def bytes_per_parameter(cfg: Config, data: int, group: ParameterGroup) -> float:
 
 def workload(cfg: Config, layout: Layout, phase: Phase) -> Workload:
     """The workload of a micro-batch in a phase of a resolved config."""
-    named = cfg.train.attention
+    dropout = cfg.train.attention_dropout > 0
+    named = "sdpa" if dropout else cfg.train.attention
     return Workload(
         tensor=layout.tensor,
         sequence=layout.sequence,
@@ -44,6 +45,7 @@ def workload(cfg: Config, layout: Layout, phase: Phase) -> Workload:
         element_bytes=DTYPE_BYTES[cfg.train.precision],
         documents=cfg.data.separate_documents,
         attention=_ATTENTION[cfg.train.precision] if named == "auto" else named,
+        attention_dropout=dropout,
     )
 
 

@@ -105,6 +105,8 @@ SAVED: dict[str, dict[str, Any]] = {
         for parallel in (False, True)
         for gathered in (False, True)
     },
+    "attention dropout": {"train_attention_dropout": 0.5, "train_micro_batch_size": 2},
+    "attention dropout, bfloat16": {"train_attention_dropout": 0.5, "train_precision": "bf16"},
     "window": {"model_window": 8, "model_window_layers": "wf", "train_micro_batch_size": 2},
     "documents": {"data_separate_documents": True, "train_micro_batch_size": 2},
     "window, float32": {"model_window": 8, "train_precision": "fp32"},
@@ -130,7 +132,7 @@ def measured(cfg: Any) -> list[int]:
         b, s = cfg.train.micro_batch_size, cfg.train.seq_len
         tokens = torch.zeros(b, s, dtype=torch.int64)
         documents = Documents.from_starts(torch.zeros(b, s, dtype=torch.int64)) if cfg.data.separate_documents else None
-        batch = micro_batch(tokens, tokens, sequence=Sequence.of_rows(s, documents))
+        batch = micro_batch(tokens, tokens, sequence=Sequence.of_rows(s, documents)).drawing(1, 1)
         width = s // ctx.sequence.size
         x = None if stage.first else torch.zeros(width, b, cfg.model.hidden_size, dtype=ctx.dtype)
         storages: dict[int, torch.UntypedStorage] = {}

@@ -51,11 +51,11 @@ MUTATIONS = [
     ),
     Mutation(
         "dropout_mask_by_local_sample",
-        "data ranks draw the same masks for their samples",
+        "all micro-batches and data ranks draw the same masks for their samples",
         "engine.batch:Sequence._places",
         "self.draws.samples * self.positions.shape[1]",
         "torch.arange(len(self.draws.samples)) * self.positions.shape[1]",
-        small("dropout_data"),
+        PLAIN,
     ),
     Mutation(
         "dropout_mask_redrawn_in_recompute",

@@ -26,7 +26,7 @@ from tests.support.runs import TINY, run
 
 METADATA: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
 GROUPS = ({"role": "matrix", "rule": "toy", "lr_factor": 0.5}, {"names": "norm.weight", "frozen": "true"})
-OPTIONS = TINY | {"model_num_kv_heads": 1, "optimizer_groups": GROUPS}
+OPTIONS = TINY | {"model_num_kv_heads": 2, "optimizer_groups": GROUPS}
 
 
 class Toy:

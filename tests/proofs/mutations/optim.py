@@ -148,7 +148,7 @@ MUTATIONS = [
         "engine.optim.optimizer:gather_whole",
         "all_gather(x[None], axis)[:: axis.size // cut.parts]",
         "all_gather(x[None], axis)[:: 1]",
-        ("test_a_rule_of_whole_matrices_equals_one_process[data2-zero1-tensor2]",),
+        ("test_a_rule_of_whole_matrices_equals_one_process[tensor4]",),
     ),
     Mutation(
         "rounded_weights_of_a_rule_not_written",

@@ -205,7 +205,8 @@ class MicroBatch:
 
     tokens: int64 [b, s]. labels: int64 [b, s], the next token of each position. weights: float64 [b, s], of each
     label's loss; 0: not counted. samples: int64 [b], global sample numbers. sequence: positions, and what attends to
-    what. sources: int64 [b], the index of each sample's corpus in the data blend.
+    what. sources: int64 [b], the index of each sample's corpus in the data blend. shares: float64 [b, s], of each label
+    in a mean over all counted labels, for auxiliary losses; None: the weights.
     """
 
     tokens: Tensor
@@ -214,6 +215,12 @@ class MicroBatch:
     samples: Tensor
     sequence: Sequence
     sources: Tensor | None = None
+    shares: Tensor | None = None
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of its tensors, from which those at the boundaries of stages follow."""
+        return (tuple(self.tokens.shape),)
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same data on a device. To a GPU through pinned memory, as only such copies are asynchronous.
@@ -227,7 +234,8 @@ class MicroBatch:
 
         sources = None if self.sources is None else move(self.sources)
         tokens, labels, weights, samples = map(move, (self.tokens, self.labels, self.weights, self.samples))
-        return MicroBatch(tokens, labels, weights, samples, self.sequence.map(move), sources)
+        shares = None if self.shares is None else move(self.shares)
+        return MicroBatch(tokens, labels, weights, samples, self.sequence.map(move), sources, shares)
 
     def drawing(self, seed: int, step: int) -> MicroBatch:
         """The same data for a training step that draws random numbers. seed: of the run; step: counts from 1."""

@@ -232,6 +232,9 @@ class TrainConfig(Section):
     kernels"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA if every local rank can have its own GPU, else CPU; the choice is printed"""
+    z_loss: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """coefficient of the z-loss: adds that times the mean of (log Z)^2 to the objective, Z the sum of exp(logits);
+    keeps logits small; PaLM used 1e-4; 0: none"""
     skip_steps: str = ""
     """optimizer steps to skip, such as "120 130-132": their batches are consumed without an update; use it to get past
     a loss spike"""

@@ -166,7 +166,7 @@ def post(
         return sent, [Pending(x, link.receive(x, peer), axis.board) for x, peer in recvs]
     ops = [dist.P2POp(dist.isend, x, axis.ranks[peer], axis.group) for x, peer in sends]
     ops += [dist.P2POp(dist.irecv, x, axis.ranks[peer], axis.group) for x, peer in recvs]
-    works = dist.batch_isend_irecv(ops)
+    works = dist.batch_isend_irecv(ops) if ops else []
     works = works if len(works) == len(ops) else works * len(ops)
     pending = [Pending(x, work, axis.board) for (x, _), work in zip((*sends, *recvs), works)]
     return pending[: len(sends)], pending[len(sends) :]

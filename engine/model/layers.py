@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.batch import Sequence
+from engine.batch import MicroBatch, Sequence
 from engine.config.schema import ModelConfig
 from engine.distributed.collectives import all_gather, reduce_partial_sums
 from engine.distributed.context import ParallelContext
@@ -31,9 +31,10 @@ from engine.model.build import StageShape
 from engine.model.declarations import NO_RECOMPUTE, RecomputePolicy, WeightSpecs
 from engine.ops.embedding import embedding
 from engine.ops.linear import RecomputeRecipe, linear
-from engine.ops.loss import VocabSlice, linear_cross_entropy
+from engine.ops.loss import VocabSlice, linear_cross_entropy_with_z
 from engine.ops.matmul import PLAIN_MATMUL, MatmulBackend
 from engine.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, sharded_rms_norm
+from engine.part import Boundary, Output
 
 
 def _identity(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -64,13 +65,14 @@ DEFAULT_BACKENDS = ComputeBackends()
 class Build:
     """What the modules of a stage are built with, in addition to their own settings and specs.
 
-    recompute: mode of the block that is being built (RecomputePolicy.mode_of).
+    recompute: mode of the block that is being built (RecomputePolicy.mode_of). z_loss: coefficient of the z-loss.
     """
 
     ctx: ParallelContext
     policy: RecomputePolicy = NO_RECOMPUTE
     backends: ComputeBackends = DEFAULT_BACKENDS
     recompute: str = "none"
+    z_loss: float = 0.0
 
     @property
     def tensor(self) -> int:
@@ -90,10 +92,11 @@ class Build:
 class ModelPart(nn.Module, ABC):
     """The part of a model in one pipeline stage. A model type's class is derived from it (engine.model.build).
 
-    layers: its blocks by their number in the whole model.
+    layers: its blocks by their number in the whole model. sums: the names of the sums of its outputs (engine.part).
     """
 
     layers: nn.ModuleDict
+    sums: tuple[str, ...] = ()
 
     def __init__(self, cfg: ModelConfig, ctx: ParallelContext, shape: StageShape):
         super().__init__()
@@ -102,6 +105,14 @@ class ModelPart(nn.Module, ABC):
     def use(self, cfg: ModelConfig) -> None:
         """Compute with other RoPE settings from now on; nothing else of `cfg` may differ."""
         self.cfg = cfg
+
+    @abstractmethod
+    def boundary(self, batch: MicroBatch) -> Boundary:
+        """The tensors that it takes from the stage before, as in `engine.part.Part`."""
+
+    @abstractmethod
+    def forward(self, inputs: tuple[Tensor, ...], batch: MicroBatch) -> Output:
+        """Run on the tensors of `boundary` and on a micro-batch, as in `engine.part.Part`."""
 
     @abstractmethod
     def logits(self, tokens: Tensor) -> Tensor:
@@ -227,20 +238,28 @@ class PositionEmbedding(nn.Module):
 
 
 class VocabHead(nn.Module):
-    """Vocabulary-parallel output projection, fused with the cross entropy loss."""
+    """Vocabulary-parallel output projection, fused with the cross entropy loss and the z-loss of that coefficient."""
 
-    def __init__(self, weight: Parameter, ctx: ParallelContext):
+    def __init__(self, weight: Parameter, ctx: ParallelContext, z_loss: float = 0.0):
         super().__init__()
+        self.z_loss = z_loss
         self.replicated, self.sequence, self.weight = ctx.replicated, ctx.sequence, weight
         piece = weight.spec.pieces(ctx)[0]
         self.vocab_slice = VocabSlice(piece.offset[0], piece.shape[0], ctx.tensor)
         self.vocab_size = piece.global_shape[0]
 
-    def forward(self, x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """x [s, b, h], labels and weights [b, s] -> [b], each sample's sum of token losses (nats) times weights."""
-        targets, weights = labels.t(), weights.t()
+    def forward(self, x: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        """x [s, b, h] -> [b], each sample's sum of token losses (nats) times weights, and the z-loss, a scalar.
+
+        The z-loss is the sum of coefficient * shares * (log Z)^2; None if the coefficient is 0.
+        """
+        shares = batch.weights if batch.shares is None else batch.shares
+        factors = batch.weights.t(), shares.t() * self.z_loss if self.z_loss else None
         axes = self.replicated, self.sequence
-        return linear_cross_entropy(x, self.weight, targets, weights, self.vocab_slice, *axes).sum(0)
+        losses, z_losses = linear_cross_entropy_with_z(
+            x, self.weight, batch.labels.t(), factors, self.vocab_slice, *axes
+        )
+        return losses.sum(0), None if z_losses is None else z_losses.sum()
 
     def logits(self, x: Tensor) -> Tensor:
         """x [s, b, h] -> logits [s, b, vocab_size], gathered on every tensor rank; without autograd."""

@@ -34,7 +34,7 @@ def build_stages(
     derived: derived from cfg. A parameter is listed only with the first stage that uses it, so a tied embedding is held
     once if the first and the last stage are both on this rank.
     """
-    build = Build(ctx, RecomputePolicy.of(cfg), compute_backends(cfg))
+    build = Build(ctx, RecomputePolicy.of(cfg), compute_backends(cfg), z_loss=cfg.train.z_loss)
     shapes, tied, listed = stage_shapes(derived.layers), None, set()
     for number in derived.first_plan.stages_of(ctx.pipeline.rank):
         part = build_part(cfg.model, build, shapes[number], tied)

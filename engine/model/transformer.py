@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from engine.batch import Sequence
+from engine.batch import MicroBatch, Sequence
 from engine.config.schema import LayerConfig, ModelConfig
 from engine.distributed.sharding import Parameter, new_parameter
 from engine.model.build import FEED_FORWARDS, MIXERS, StageShape, layers_of, load_class
@@ -21,6 +21,9 @@ from engine.model.layers import Build, ModelPart, Norm, PositionEmbedding, Vocab
 from engine.model.residual import BRANCHES, Branch, in_parallel, in_sequence
 from engine.ops.recompute import recompute
 from engine.ops.rope import RopeScaling, rope_at, rope_table
+from engine.part import Boundary, BoundaryTensor, Output
+
+Z_LOSS = "z_loss"
 
 
 def mixer_of(layer: LayerConfig, build: Build, name: str) -> nn.Module:
@@ -71,6 +74,7 @@ class Transformer(ModelPart):
 
     def __init__(self, cfg: ModelConfig, build: Build, shape: StageShape, tied: Parameter | None = None):
         super().__init__(cfg, build.ctx, shape)
+        self.sums = (Z_LOSS,) if shape.last and build.z_loss else ()
         ctx, tensor, weight = build.ctx, build.tensor, tied
         if shape.first:
             weight = new_parameter(vocab_matrix(cfg, tensor, head=False), ctx)
@@ -84,7 +88,7 @@ class Transformer(ModelPart):
             self.norm = Norm(norm(FINAL_NORM, cfg.hidden_size, cfg), cfg, build)
             if not cfg.tie_embeddings or weight is None:  # tied, but on another rank: hold a replica under its name
                 weight = new_parameter(vocab_matrix(cfg, tensor, head=True), ctx)
-            self.head = VocabHead(weight, ctx)
+            self.head = VocabHead(weight, ctx, build.z_loss)
         self.rope: Tensor = torch.empty(2, 0, cfg.rotary_dim // 2)
 
     def use(self, cfg: ModelConfig) -> None:
@@ -114,15 +118,24 @@ class Transformer(ModelPart):
             x = block(x, table, sequence)
         return self.norm(x) if self.shape.last else x
 
-    def forward(self, x: Tensor, labels: Tensor, weights: Tensor, sequence: Sequence) -> Tensor:
-        """Hidden states [s, b, h]; on the last stage [b], each sample's weighted sum of token losses in nats.
+    def boundary(self, batch: MicroBatch) -> Boundary:
+        """The hidden states [s, b, h] of the stage before."""
+        b, s = batch.tokens.shape
+        shape = (s // self.ctx.sequence.size, b, self.cfg.hidden_size)
+        return () if self.shape.first else (BoundaryTensor(shape, self.ctx.dtype),)
 
-        x as for `hidden`; labels int64 [b, s]; weights float [b, s], of each token's loss. The training objective is
-        the sum over the samples. Every factor of it, such as 1 / tokens or a loss scale, has to be in the weights,
+    def forward(self, inputs: tuple[Tensor, ...], batch: MicroBatch) -> Output:
+        """Hidden states [s, b, h]; on the last stage, for each sample [b], its weighted sum of token losses in nats.
+
+        Every factor of the objective, such as 1 / tokens or a loss scale, has to be in the weights of the batch,
         because gradients are computed in the forward (ops.loss).
         """
-        x = self.hidden(x, sequence)
-        return self.head(x, labels, weights) if self.shape.last else x
+        (x,) = (batch.tokens,) if self.shape.first else inputs
+        x = self.hidden(x, batch.sequence)
+        if not self.shape.last:
+            return Output((x,))
+        losses, z_loss = self.head(x, batch)
+        return Output(losses=losses, sums={} if z_loss is None else {Z_LOSS: z_loss})
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits: tokens [b, s] -> [b, s, vocab_size]. Only for a model whose stages are all on this pipeline rank."""

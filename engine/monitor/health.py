@@ -40,26 +40,26 @@ def raise_non_finite(
     params: Sequence[Parameter],
     ctx: ParallelContext,
     batches: Sequence[MicroBatch],
-    token_weight: float,
     failure: NonFinite,
 ) -> None:
-    """Raise TrainingError on every rank, naming step, rank, microbatch, samples and tensor. Collective."""
+    """Raise TrainingError on every rank, naming step, rank, microbatch, samples and tensor. Collective.
+
+    batches: with the weights of the failed step.
+    """
     alone = first_microbatch(plan)
     mine: list[dict[str, Any]] = []
-    rows = batches[0].tokens.shape[0]
-    mine_from = failure.samples.start + ctx.data.rank * len(batches) * rows
     for index, batch in enumerate(batches):
-        here = range(mine_from + index * rows, mine_from + (index + 1) * rows)
+        here = batch.samples.tolist()
         for stage in stages.values():
             assert stage.buckets is not None
             stage.buckets.overlap = False  # no reductions over data ranks; not restored, because the run ends here
             stage.buckets.zero_grad()
-        losses = execute(alone, stages, ctx, [batch], token_weight)
+        losses = execute(alone, stages, ctx, [batch]).losses
         if not bool(torch.isfinite(losses).all()):
             wrong = [here[k] for k in (~torch.isfinite(losses[0])).nonzero().flatten().tolist()]
             mine.append({"microbatch": index, "cause": f"loss {float(losses.sum())}", "samples": wrong})
         for name in _non_finite_gradients(params, ctx)[:1]:
-            mine.append({"microbatch": index, "cause": f"gradient of {name}", "samples": list(here)})
+            mine.append({"microbatch": index, "cause": f"gradient of {name}", "samples": here})
     found = [
         (finding["microbatch"], rank, finding["cause"], tuple(finding["samples"]))
         for rank, findings in enumerate(gather_json(mine, ctx.world, ctx.device))

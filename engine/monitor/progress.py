@@ -115,6 +115,8 @@ class Progress:
         text = f"norm {record['grad_norm']:.3f}  lr {record['lr']:.2e}  {speed}"
         if sent := sum(value for name, value in record.items() if name.startswith("bytes_")):
             text += f"  sent {sent / 1e6:,.1f} MB"
+        if "z_loss" in record:
+            text += f"  z {record['z_loss']:.2e}"
         if "loss_scale" in record:
             text += f"  scale {record['loss_scale']:g}"
         return text

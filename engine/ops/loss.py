@@ -6,9 +6,9 @@ over this rank's vocabulary slice; all-reduce three numbers per token over the t
 2019, section 3); overwrite the logits with their gradient; multiply it into the gradients of the input and the weight.
 Only the gradient of the input is kept for the backward. Invariants:
 
-* The weight of a token's loss in the objective is known in the forward. It includes the fp16 loss scale, which thus
-  reaches the gradient of the logits before that is rounded. The result is the objective itself, so its gradient is 1;
-  the backward raises for any other gradient, because the weight's gradient has already been accumulated.
+* The weights of a token's losses in the objective are known in the forward. They include the fp16 loss scale, which
+  thus reaches the gradient of the logits before that is rounded. The result is the objective itself, so its gradient
+  is 1; the backward raises for any other gradient, because the weight's gradient has already been accumulated.
 * The weight's gradient is in its bucket after the forward, but `on_grad` fires in the backward, as for every parameter:
   buckets start counting arrivals just before the last micro-batch's backward, when all forwards are done.
 * All tensor ranks use the same chunks, so that their collectives match.
@@ -57,10 +57,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Parameter,
         targets: Tensor,
         weights: Tensor,
+        z_weights: Tensor | None,
         vocab_slice: VocabSlice,
-        replicated: Axis,
-        sequence: Axis,
-    ) -> Tensor:
+        axes: tuple[Axis, Axis],
+    ) -> tuple[Tensor, Tensor | None]:
+        replicated, sequence = axes
         full = all_gather(x, sequence).contiguous()
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         grad_x = torch.empty_like(full) if needs_x else full.new_empty(0)
@@ -69,8 +70,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if needs_weight:
             into = torch.zeros_like(weight) if weight.main_grad is None else weight.main_grad
         losses, summed = torch.empty_like(weights), Pending(grad_x)
+        z_losses = None if z_weights is None else torch.empty_like(weights)
         for rows in _chunks(rows_x):
-            losses[rows], grad = _chunk(rows_x[rows], weight, targets[rows], weights[rows], vocab_slice)
+            target, factors = targets[rows], (weights[rows], None if z_weights is None else z_weights[rows])
+            losses[rows], log_z, grad = _chunk(rows_x[rows], weight, target, factors, vocab_slice)
+            if z_losses is not None:
+                z_losses[rows] = log_z.square()
             if needs_x:
                 rows_grad[rows] = matmul(grad, weight)
                 if rows.stop == len(rows_x):  # so that the sum overlaps the last matmul
@@ -80,12 +85,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             del grad  # free it before the next chunk's logits are allocated
         ctx.weight = weight
         ctx.save_for_backward(summed.wait() if needs_x else None, into if weight.main_grad is None else None)
-        return losses * weights
+        return losses * weights, None if z_losses is None or z_weights is None else z_losses * z_weights
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, grad_z: Tensor | None) -> tuple[Tensor | None, ...]:
         # no check of the value on the host: it would synchronize with the GPU
         torch._assert_async((grad == 1).all(), _GRADIENT_NOT_ONE)
+        if grad_z is not None:
+            torch._assert_async((grad_z == 1).all(), _GRADIENT_NOT_ONE)
         grad_x, grad_w = ctx.saved_tensors
         if ctx.weight.on_grad is not None:
             ctx.weight.on_grad()
@@ -108,17 +115,26 @@ def _chunks(x: Tensor) -> Iterator[slice]:
 
 
 def _chunk(
-    x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, vocab_slice: VocabSlice
-) -> tuple[Tensor, Tensor]:
-    """Losses [n] in nats of the tokens x [n, h], and the logits [n, V_local] of this rank's slice.
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    factors: tuple[Tensor, Tensor | None] | None,
+    vocab_slice: VocabSlice,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses [n] in nats of the tokens x [n, h], log Z [n], and the logits [n, V_local] of this rank's slice.
 
-    With weights [n], the logits are overwritten by the gradient of the weighted sum of the losses with respect to them.
+    With factors (weights [n], z_weights [n] or None), the logits are overwritten by the gradient of the objective with
+    respect to them: of weights * loss + z_weights * (log Z)^2.
     """
     logits, local = matmul(x, weight.t()), targets - vocab_slice.start
     peak, total, at_target = _statistics(logits, local, vocab_slice)
-    if weights is not None:
-        _gradient_(logits, local, peak, weights / total, weights, vocab_slice.valid)
-    return total.log() - at_target, logits
+    log_z = peak + total.log()
+    if factors is not None:
+        weights, z_weights = factors
+        # d log Z / d logits is the softmax, which cross entropy's gradient contains too: one factor for both
+        of_softmax = weights if z_weights is None else weights + 2 * z_weights * log_z
+        _gradient_(logits, local, peak, of_softmax / total, weights, vocab_slice.valid)
+    return total.log() - at_target, log_z, logits
 
 
 def _statistics(logits: Tensor, local: Tensor, vocab_slice: VocabSlice) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,11 +198,36 @@ def linear_cross_entropy(
     the same shape, float32 or wider. x is all-gathered over `sequence` along its first dim; its gradient is summed over
     `replicated` and reduce-scattered over `sequence`. RuntimeError in the backward if the result's gradient is not 1.
     """
+    return linear_cross_entropy_with_z(x, weight, targets, (weights, None), vocab_slice, replicated, sequence)[0]
+
+
+def linear_cross_entropy_with_z(
+    x: Tensor,
+    weight: Parameter,
+    targets: Tensor,
+    factors: tuple[Tensor, Tensor | None],
+    vocab_slice: VocabSlice,
+    replicated: Axis,
+    sequence: Axis,
+) -> tuple[Tensor, Tensor | None]:
+    """`linear_cross_entropy`, and z_weights * (log Z)^2 of each token, where Z is the sum of exp(logits).
+
+    factors: (weights, z_weights), both like targets; without z_weights the second result is None. The objective is the
+    sum of both results. The z-loss keeps log Z near 0 (PaLM, Chowdhery et al. 2022, section 5).
+    """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    ids, shares = targets.reshape(-1), weights.reshape(-1).to(wide)
+    ids, shares, z_shares = targets.reshape(-1), *(None if f is None else f.reshape(-1).to(wide) for f in factors)
+    assert shares is not None
     if torch.is_grad_enabled():
-        return _LinearCrossEntropy.apply(x, weight, ids, shares, vocab_slice, replicated, sequence).view(targets.shape)
-    rows_x, losses = all_gather(x, sequence).reshape(-1, x.shape[-1]), torch.empty_like(shares)
-    for rows in _chunks(rows_x):
-        losses[rows] = _chunk(rows_x[rows], weight, ids[rows], None, vocab_slice)[0]
-    return (losses * shares).view(targets.shape)
+        axes = replicated, sequence
+        found, z_found = _LinearCrossEntropy.apply(x, weight, ids, shares, z_shares, vocab_slice, axes)
+    else:
+        rows_x, losses, logs = (
+            all_gather(x, sequence).reshape(-1, x.shape[-1]),
+            torch.empty_like(shares),
+            torch.empty_like(shares),
+        )
+        for rows in _chunks(rows_x):
+            losses[rows], logs[rows] = _chunk(rows_x[rows], weight, ids[rows], None, vocab_slice)[:2]
+        found, z_found = losses * shares, None if z_shares is None else logs.square() * z_shares
+    return found.view(targets.shape), None if z_found is None else z_found.view(targets.shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,20 @@ from engine.distributed.context import ParallelContext
 from engine.errors import EXIT_OK, ConfigError, DataError, FieldError
 from engine.inference.load import load_stage
 from engine.pipeline.actions import Plan
-from engine.pipeline.executor import contributes_loss, execute
+from engine.pipeline.executor import contributes_loss, execute, local_totals
 from engine.pipeline.schedules import forward_only
 from engine.pipeline.stage import Stage
+from engine.train.objective import checked_counts, count_labels
 
 
 @dataclass(frozen=True)
 class Score:
-    """Validation result. loss: mean nats per scored token. ppl: exp(loss). tokens: number of scored tokens.
+    """Validation result. loss: mean nats per scored token, by weight. ppl: exp(loss). tokens: number of scored tokens.
 
     Tokens masked by data.mask_eod and data.mask_tokens are not scored. bpb: bits per byte of text, assuming that tokens
     that are not scored have the same mean loss. unigram: entropy of the corpus' tokens in nats, the loss of the best
-    model without context. bpb and unigram are None if the corpus' JSON file lacks the statistics.
+    model without context. bpb and unigram are None if the corpus' JSON file lacks the statistics. sums: the named sums
+    of the model's parts, as means over the scored tokens; `loss` does not contain them.
     """
 
     loss: float
@@ -43,10 +45,12 @@ class Score:
     bpb: float | None
     unigram: float | None
     tokens: int
+    sums: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, float]:
-        """The values that are not None, by name."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """The values that are not None, by name, with those of `sums`."""
+        values = asdict(self)
+        return {name: value for name, value in (values | values.pop("sums")).items() if value is not None}
 
     def __str__(self) -> str:
         text = f"loss {self.loss:.4f} nats/token, perplexity {self.ppl:.2f}"
@@ -73,6 +77,7 @@ class Evaluator:
         metadata: Mapping[str, Any],
         batch: int = 0,
     ):
+        self.names: tuple[str, ...] = ()
         self.batch = batch or cfg.train.global_batch_size
         self.plan, self.stages, self.ctx, self.dataset, self.cfg = plan, stages, ctx, dataset, cfg
         self.order = SampleOrder(dataset, cfg.train.seq_len, cfg.train.seed, short=True)
@@ -94,21 +99,26 @@ class Evaluator:
         mine = np.arange(ctx.data.rank, total, ctx.data.size, dtype=np.int64)
         per_rank = -(-total // ctx.data.size)
         chunk = mbs * max(1, self.cfg.train.global_batch_size // (mbs * ctx.data.size))
-        sums = torch.zeros(2, dtype=torch.float64, device=ctx.device)
+        totals = torch.zeros((), dtype=torch.float64, device=ctx.device)
         for begin in range(0, per_rank, chunk):
             if stopping():
                 return None
-            sums += self._chunk(mine[begin : begin + chunk], min(chunk, per_rank - begin))
-        loss, tokens = all_reduce_(sums * float(contributes_loss(self.plan, ctx)), ctx.world).tolist()
-        if not tokens:
+            totals = totals + self._chunk(mine[begin : begin + chunk], min(chunk, per_rank - begin))
+        loss, *sums = all_reduce_(totals, ctx.world).tolist()
+        counted = checked_counts(sums[-3:])
+        if not counted.weight:
             raise DataError(
                 "train.nothing-to-score",
                 f"{self.dataset.prefix}: data.mask_eod and data.mask_tokens mask every token",
             )
-        return self._score(loss / tokens, int(tokens))
+        named = zip(self.names, sums[:-3])
+        return self._score(loss / counted.weight, counted.number, {name: x / counted.weight for name, x in named})
 
     def _chunk(self, samples: np.ndarray, count: int) -> torch.Tensor:
-        """[loss sum, scored tokens] of `count` samples; if this rank has fewer, the rest is fully masked padding."""
+        """This rank's [loss, named sums, counts of labels] of `count` samples, to be summed over the world.
+
+        If this rank has fewer samples, the rest is padding without weight.
+        """
         mbs = self.cfg.train.micro_batch_size
         padded = -(-count // mbs) * mbs
         rows = torch.zeros(padded, self.cfg.train.seq_len + 1, dtype=torch.int64)
@@ -123,17 +133,18 @@ class Evaluator:
             rows[len(whole), : self.order.tail + 1] = torch.from_numpy(self.order.gather_tail())
             weights[len(whole), : self.order.tail] = 1
         batches = micro_batches(Rows(rows, weights, numbers, torch.zeros_like(numbers)), mbs, self.transforms)
-        scored = sum(float(batch.weights.sum()) for batch in batches)
         there = [batch.to(self.ctx.device) for batch in batches]
-        losses = execute(forward_only(self.plan, len(there)), self.stages, self.ctx, there, token_weight=1.0)
-        return torch.stack((losses.sum(), torch.tensor(scored, dtype=losses.dtype, device=losses.device)))
+        done = execute(forward_only(self.plan, len(there)), self.stages, self.ctx, there)
+        self.names = tuple(done.sums)
+        counts = count_labels(batches) * float(contributes_loss(self.plan, self.ctx))
+        return torch.cat((local_totals(done, self.ctx), counts.to(self.ctx.device)))
 
-    def _score(self, loss: float, tokens: int) -> Score:
+    def _score(self, loss: float, tokens: int, sums: dict[str, float]) -> Score:
         meta = self.dataset.meta
         bpb = None
         if meta.get("text_bytes"):
             bpb = loss / math.log(2) * self.dataset.num_tokens / meta["text_bytes"]
-        return Score(loss, math.exp(min(loss, 700.0)), bpb, meta.get("unigram_entropy"), tokens)
+        return Score(loss, math.exp(min(loss, 700.0)), bpb, meta.get("unigram_entropy"), tokens, sums)
 
 
 def evaluate(
@@ -155,11 +166,10 @@ def evaluate(
         raise ConfigError([FieldError("train.no-corpus-to-score", "--data", data, problem, "Give --data PREFIX.")])
     dataset = IndexedDataset(data, vocab_size=cfg.model.vocab_size)
     model = load_stage(checkpoint, cfg, ctx, storage)
-    stage = Stage(model, (), None, cfg.model.hidden_size, model.shape.first, model.shape.last)
     folder = find_checkpoint(checkpoint, storage)
     manifest = read_manifest(folder, storage)
     batch = int(manifest.config["train"]["global_batch_size"])
-    stages = {ctx.pipeline.rank: stage}
+    stages = {ctx.pipeline.rank: Stage(model, (), None)}
     score = Evaluator(derived.first_plan, stages, ctx, dataset, cfg, manifest.data, batch).run(batches)
     if ctx.rank == 0:
         print(f"{folder} on {data}: {score}")

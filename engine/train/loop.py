@@ -270,6 +270,7 @@ def log_step(run: Run, outputs: RunOutputs, saver: Saver, report: StepReport) ->
         state.position.tokens,
         outputs.console.rates(state.step, result.tokens, report.seconds)
         | {"data_s": report.data_s}
+        | result.sums
         | {f"loss_{run.data.names[k]}": loss for k, loss in result.by_source.items()}
         | ({"spike": 1.0} if spike else {})
         | ({"global_batch_size": len(report.samples)} if state.cfg.phase else {})

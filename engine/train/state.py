@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -33,6 +33,7 @@ from engine.optim.precision import PRECISIONS, LossScale
 from engine.parallel.gradients import GradBuckets, make_buckets, wait_before_use
 from engine.pipeline.actions import Plan
 from engine.pipeline.stage import Stage
+from engine.train.objective import LanguageModel, Objective
 
 
 @dataclass
@@ -62,6 +63,7 @@ class TrainState:
     lineage: tuple[Ancestor, ...] = ()
     initial_values: str = GENERATOR
     before_update: Callable[[], None] = lambda: None
+    objective: Objective = field(default_factory=LanguageModel)
 
     @property
     def phase(self) -> Phase:
@@ -72,8 +74,8 @@ class TrainState:
         """Let the stages compute with the RoPE settings of a phase."""
         model = model_of(self.cfg.model, phase)
         for stage in self.stages.values():
-            if isinstance(stage.module, ModelPart):
-                stage.module.use(model)
+            if isinstance(stage.part, ModelPart):
+                stage.part.use(model)
 
     @property
     def plan(self) -> Plan:
@@ -132,11 +134,9 @@ def setup(cfg: Config, ctx: ParallelContext, derived: Derived | None = None) -> 
             reduce_dtype=torch.bfloat16 if cfg.parallel.reduce_dtype == "bf16" else None,
             group_of=group,
         )
-        first, last = part.shape.first, part.shape.last
-        stages[number] = Stage(part, parameters(part), buckets, cfg.model.hidden_size, first, last)
+        stages[number] = Stage(part, parameters(part), buckets)
         params += fresh
         parts.append(part)
-    _find_input_gradients(stages, ctx)
     all_buckets = [stage.buckets for stage in stages.values() if stage.buckets is not None]
     wait_before_use(parts, all_buckets)
     optimizer = Optimizer(all_buckets, cfg.optimizer, overlap=cfg.parallel.overlap_gather)
@@ -144,14 +144,6 @@ def setup(cfg: Config, ctx: ParallelContext, derived: Derived | None = None) -> 
     fp16 = cfg.train.precision == "fp16"
     scale = LossScale(cfg.train.loss_scale, cfg.train.loss_scale_window) if fp16 else LossScale()
     return TrainState(cfg, ctx, derived, derived.phases, stages, specs, params, all_buckets, optimizer, norms, scale)
-
-
-def _find_input_gradients(stages: Mapping[int, Stage], ctx: ParallelContext) -> None:
-    """Set `input_grad` of this rank's stages: false if everything in the stages before is frozen. Collective."""
-    mine = [number for number, stage in stages.items() if any(p.requires_grad for p in stage.params)]
-    first = min((number for trained in gather_json(mine, ctx.world, ctx.device) for number in trained), default=0)
-    for number, stage in stages.items():
-        stage.input_grad = number > first
 
 
 def check_groups(cfg: Config) -> list[ShardSpec]:

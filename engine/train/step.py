@@ -10,13 +10,11 @@ import torch
 
 from engine.batch import MicroBatch
 from engine.distributed.collectives import all_reduce_
-from engine.distributed.context import ParallelContext
-from engine.errors import DataError
 from engine.monitor.health import NonFinite, raise_non_finite
 from engine.optim.clip import GradNorms, clip_factor
 from engine.optim.lr import learning_rate
-from engine.pipeline.actions import Plan
-from engine.pipeline.executor import ExecutionTrace, contributes_loss, execute
+from engine.pipeline.executor import ExecutionTrace, contributes_loss, execute, local_totals
+from engine.train.objective import GlobalBatch, count_tokens, scaled
 from engine.train.state import TrainState
 
 
@@ -25,7 +23,9 @@ class StepResult:
     """Result of one optimizer step. loss: mean nats per counted token. norms: before clipping. lr: learning rate.
 
     tokens: number of counted tokens. skipped: a gradient overflowed in fp16 and no weight changed. trace: of the
-    executor, if requested. by_source: source of a blend -> its mean loss, for sources with counted tokens in this step.
+    executor, if requested. by_source: source of a blend -> its mean loss, for sources with counted tokens in this step;
+    empty if the objective is not a mean of token losses. sums: the named sums of the model's parts, such as z_loss;
+    `loss` does not contain them.
     """
 
     loss: float
@@ -35,6 +35,7 @@ class StepResult:
     skipped: bool = False
     trace: ExecutionTrace | None = None
     by_source: dict[int, float] = field(default_factory=dict)
+    sums: dict[str, float] = field(default_factory=dict)
 
 
 def train_step(
@@ -44,63 +45,50 @@ def train_step(
 
     num_sources: number of sources of a blend, to report a loss for each; 0 for none.
 
-    The loss is the sum of token losses / counted tokens over the whole global batch; the count is computed before the
-    forward. A non-finite loss or gradient raises TrainingError on every rank before any weight has changed; in fp16 a
-    non-finite gradient only skips the step and halves the loss scale.
+    The objective gives the weight of each token's loss over the whole global batch before the forward. A non-finite
+    loss or gradient raises TrainingError on every rank before any weight has changed; in fp16 a non-finite gradient
+    only skips the step and halves the loss scale.
     """
     cfg, ctx, scale = state.cfg, state.ctx, state.scale.value
-    tokens = count_tokens(batches, state.plan, ctx)  # on the host, to avoid a synchronisation with the GPU
-    batches = [b.to(ctx.device).drawing(cfg.train.seed, state.step + 1) for b in batches]
+    counted = count_tokens(batches, state.plan, ctx)
     state.enter(state.phase)
+    there = [b.to(ctx.device).drawing(cfg.train.seed, state.step + 1) for b in batches]
+    whole = GlobalBatch(there, counted, state.plan, state.stages, ctx)
+    weighting = state.objective(whole)
+    weighted = scaled(whole, weighting, scale)
     for stage in state.buckets:
         stage.zero_grad()
     trace = ExecutionTrace(ctx.device) if traced else None
-    losses = execute(state.plan, state.stages, ctx, batches, scale / tokens, trace)
+    done = execute(state.plan, state.stages, ctx, weighted, trace)
     for stage in state.buckets:
         stage.wait()
-    summed = sum_losses(losses, state.plan, ctx)
+    totals = all_reduce_(local_totals(done, ctx), ctx.world)
     norms = state.norms(scale)  # the only synchronisation with the GPU: all values that the host reads are ready then
-    loss = float(summed) / scale
+    loss, *sums = (totals / scale).tolist()
+    if weighting.loss is not None:
+        loss = float(weighting.loss)
     finite = math.isfinite(norms.norm)
     state.scale.update(finite)
     if not math.isfinite(loss) or not (finite or (state.scale.window and state.scale.value >= 1)):
         failure = NonFinite(state.step + 1, loss, norms.non_finite(), state.phases.samples(state.step + 1))
-        raise_non_finite(state.plan, state.stages, state.params, ctx, batches, scale / tokens, failure)
+        raise_non_finite(state.plan, state.stages, state.params, ctx, weighted, failure)
     lr = learning_rate(state.step + 1, cfg.train.steps, cfg.optimizer, cfg.lr_schedule)
     if finite:
         state.before_update()
         state.optimizer.step(lr, clip_factor(norms.norm, cfg.optimizer.clip_norm) / scale)
     state.step += 1
-    by_source = losses_by_source(losses * (tokens / scale), batches, state, num_sources) if num_sources else {}
-    return StepResult(loss, norms, lr, tokens, not finite, trace, by_source)
-
-
-def count_tokens(batches: Sequence[MicroBatch], plan: Plan, ctx: ParallelContext) -> int:
-    """Number of tokens that the loss mask counts, over the microbatches of all data ranks. Collective."""
-    total = sum(int(b.weights.sum()) for b in batches)
-    if ctx.data.size > 1:  # over the world: the data axis may still be gathering the weights of the previous step
-        mine = total * contributes_loss(plan, ctx)
-        total = int(all_reduce_(torch.tensor(mine, device=ctx.device), ctx.world).item())
-    if total == 0:
-        raise DataError(
-            "train.no-token-counts",
-            "the loss mask excludes every token of this global batch; check the data, or skip the step with "
-            "--train.skip_steps",
-        )
-    return total
-
-
-def sum_losses(losses: torch.Tensor, plan: Plan, ctx: ParallelContext) -> torch.Tensor:
-    """Sum of the weighted losses of all microbatches over all data ranks. Collective."""
-    return all_reduce_(losses.sum() * float(contributes_loss(plan, ctx)), ctx.world)
+    by_source = {}
+    if num_sources and weighting.loss is None:
+        by_source = losses_by_source(done.losses * (counted.weight / scale), whole.batches, state, num_sources)
+    return StepResult(loss, norms, lr, counted.number, not finite, trace, by_source, dict(zip(done.sums, sums)))
 
 
 def losses_by_source(
     losses: torch.Tensor, batches: Sequence[MicroBatch], state: TrainState, num_sources: int
 ) -> dict[int, float]:
-    """Source -> sum of its token losses / its counted tokens, over the whole global batch. Collective.
+    """Source -> sum of its weighted token losses / sum of its weights, over the whole global batch. Collective.
 
-    losses [microbatches, b]: for each sample the sum of its token losses in nats.
+    losses [microbatches, b]: for each sample the weighted sum of its token losses in nats.
     """
     ctx = state.ctx
     sums = torch.zeros(2, num_sources, dtype=torch.float64, device=ctx.device)

@@ -58,6 +58,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("distributed.board",),  # no torch up to here
     ("distributed.shared_memory", "distributed.env", "ops.native", "ops.draws"),
     ("batch", "distributed.context", "distributed.network", "distributed.failure"),
+    ("part",),
     ("distributed.sharding",),
     ("distributed.collectives", "distributed.launch"),
     ("distributed.pair", "ops", "data.tokenize.file_names"),
@@ -73,7 +74,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("checkpoint",),
     ("interop.megatron", "interop.huggingface.weights", "interop.huggingface.companions", "interop.convert"),
     ("inference.load",),
-    ("inference.compare", "train.evaluate"),
+    ("inference.compare", "train.objective", "train.evaluate"),
     ("monitor",),
     ("train.state", "train.step", "train.resume", "train.run"),
     ("train.loop", "inference.generate"),

@@ -136,7 +136,7 @@ def test_loader_and_validation_mask_documents(tmp_path: Path) -> None:
             tokens, labels = part[:, :-1].contiguous(), part[:, 1:].contiguous()
             with torch.no_grad():
                 sequence = Sequence.of_rows(tokens.shape[1], Documents.from_eod(tokens, EOD))
-                losses = stage.module(tokens, labels, torch.ones_like(tokens), sequence)
+                losses = stage.part((), micro_batch(tokens, labels, sequence=sequence)).losses
             total, number = total + float(losses.sum()), number + tokens.numel()
         return score.loss, total / number
 
@@ -157,7 +157,7 @@ def test_rope_reads_the_positions_of_the_sequence() -> None:
         for boundaries in (documents, None):
             for positions in (torch.arange(S)[None], restarted):
                 with torch.no_grad():
-                    losses = stage.module(tokens, tokens, torch.ones_like(tokens), Sequence(positions, boundaries))
+                    losses = stage.part(tokens, tokens, torch.ones_like(tokens), Sequence(positions, boundaries))
                 found.append(losses)
         return found
 

@@ -34,19 +34,21 @@ class Poison(torch.autograd.Function):
 def poison(state: TrainState, target: MicroBatch, where: str) -> None:
     """Make the final norm fail on one microbatch, known by its labels: in the forward or in the backward only."""
     (stage,) = state.stages.values()
-    clean = stage.module
+    clean = stage.part
     assert isinstance(clean, Transformer)
     hit = False
 
-    def module(x: torch.Tensor, labels: torch.Tensor, *rest: Any) -> torch.Tensor:
+    forward = clean.forward
+
+    def observed(inputs: Any, batch: MicroBatch) -> Any:
         nonlocal hit
-        hit = torch.equal(labels, target.labels)
-        return clean(x, labels, *rest)  # type: ignore[no-any-return]
+        hit = torch.equal(batch.labels, target.labels)
+        return forward(inputs, batch)
 
     def spoil(_: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
         return out if not hit else out * torch.nan if where == "forward" else Poison.apply(out)
 
-    stage.module = module
+    clean.forward = observed  # type: ignore[method-assign]
     clean.norm.register_forward_hook(spoil)
 
 

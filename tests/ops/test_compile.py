@@ -37,7 +37,7 @@ def trained(cfg: Config) -> tuple[list[float], dict[str, Any], dict[str, Any]]:
         state = setup(cfg, ctx)
         found = [train_step(state, random_batches(cfg, ctx, step)).loss for step in range(2)]
         grads, batches = gradients_of(state), random_batches(cfg, ctx, 2)
-        scored = execute(forward_only(state.plan, len(batches)), state.stages, ctx, batches, token_weight=1.0)
+        scored = execute(forward_only(state.plan, len(batches)), state.stages, ctx, batches).losses
         return [*found, float(all_reduce_(scored.sum(), ctx.world))], grads, weights_of(state)
 
     ranks = run_ranks(layout_of(cfg), job, timeout_s=400)

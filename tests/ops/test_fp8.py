@@ -175,7 +175,7 @@ def test_head_and_embedding_stay_in_bf16() -> None:
         (stage,) = setup(cfg, ctx).stages.values()
         return sorted(
             name.split(".", 2)[-1]
-            for name, module in stage.module.named_modules()  # type: ignore[attr-defined]
+            for name, module in stage.part.named_modules()  # type: ignore[attr-defined]
             if isinstance(getattr(module, "matmul", PLAIN_MATMUL), Fp8)
         )
 

@@ -9,6 +9,7 @@ import torch
 
 from engine.distributed.context import ParallelContext
 from engine.model.transformer import Block
+from engine.pipeline.executor import connect
 from engine.train.state import setup
 from engine.train.step import train_step
 from tests.support.cases import config, layout_of, micro_batch, random_batches
@@ -38,6 +39,7 @@ def saved_bytes(tensor: int = 1, **change: Any) -> int:
         weights = {p.untyped_storage().data_ptr() for p in state.params}
         tokens = torch.zeros(B, S, dtype=torch.int64)
         batch = micro_batch(tokens, tokens)
+        connect(state.plan, state.stages, ctx, [batch])
         storages: dict[int, torch.UntypedStorage] = {}
 
         def pack(x: torch.Tensor) -> torch.Tensor:
@@ -47,7 +49,7 @@ def saved_bytes(tensor: int = 1, **change: Any) -> int:
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            stage.forward(0, None, batch, 1.0)
+            stage.forward(0, (), batch)
         return sum(storage.nbytes() for storage in storages.values())
 
     return run_ranks(layout_of(cfg), job)[0]

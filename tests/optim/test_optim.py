@@ -34,7 +34,7 @@ from engine.parallel.gradients import GradBuckets, make_buckets
 from engine.planner.flops import flops_per_token
 from engine.train.state import setup
 from engine.train.step import train_step
-from tests.support.cases import config, layout_of, random_batches
+from tests.support.cases import config, layout_of, micro_batch, random_batches
 from tests.support.harness import run_ranks
 from tests.support.numbers import named
 
@@ -358,7 +358,7 @@ def test_flops_equal_torch_flop_counter() -> None:
     make_buckets(units(model), ctx, grad_dtype=F64, bucket_bytes=1 << 20, overlap=False)
     tokens = torch.zeros(3, 12, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
-        model(tokens, tokens, torch.ones(3, 12, dtype=torch.bool)).sum().backward()
+        model((), micro_batch(tokens, tokens)).losses.sum().backward()
     counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
     matmuls = sum(n for op, n in counted.items() if "attention" not in op)
     attention = 12 * 12 * cfg.model.num_heads * cfg.model.head_dim // 2  # per layer and token; not a matmul here

@@ -147,13 +147,13 @@ def test_the_scale_is_undone_bitwise() -> None:
     """In float64 a power of two causes no rounding. Compare norms and all states: AdamW is almost scale-invariant."""
 
     def states(scale: LossScale) -> Any:
-        cfg = config(1, model_num_layers=1, optimizer_clip_norm=0.05)
+        cfg = config(1, model_num_layers=1, optimizer_clip_norm=0.05, train_z_loss=0.1)
 
         def job(ctx: ParallelContext) -> Any:
             state = setup(cfg, ctx)
             state.scale = scale
             results = [train_step(state, random_batches(cfg, ctx, step)) for step in range(2)]
-            return [(r.loss, r.norms) for r in results], shard_pieces(state.optimizer.states(), ctx)
+            return [(r.loss, r.sums, r.norms) for r in results], shard_pieces(state.optimizer.states(), ctx)
 
         return run_ranks(layout_of(cfg), job)[0]
 

@@ -37,7 +37,7 @@ from tests.support.cases import (
     weights_of,
 )
 from tests.support.harness import run_ranks
-from tests.support.plain_model import plain_loss
+from tests.support.plain_model import plain_loss, plain_z
 from tests.support.runs import TINY, run
 
 
@@ -82,6 +82,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "window": (0, 5),
     "phases": ("none", "ramp"),
     "dropout": (0.0, 0.2),
+    "z_loss": (0.0, 0.03),
     "model": tuple(MODELS),
     "groups": tuple(GROUPS),
 }
@@ -152,9 +153,9 @@ def dropout_of(p: float) -> dict[str, float]:
 
 
 def model_of(case: Case) -> dict[str, Any]:
-    """Every second layer of a case with a window has it."""
+    """Options of model and objective. Every second layer of a case with a window has it."""
     window = {"model_window": case["window"], "model_window_layers": "wf"} if case["window"] else {}
-    return MODELS[case["model"]] | window
+    return MODELS[case["model"]] | window | ({"train_z_loss": case["z_loss"]} if case["z_loss"] else {})
 
 
 def figures(case: Case) -> dict[str, float]:
@@ -166,6 +167,7 @@ def figures(case: Case) -> dict[str, float]:
     return {
         "init": max_relative_error(many["init"], one["init"]),
         "loss": abs(many["losses"][0] / one["losses"][0] - 1),
+        "z_loss": abs(many["z_losses"][0] / one["z_losses"][0] - 1) if case["z_loss"] else 0.0,
         "norm": abs(many["norms"][0] / one["norms"][0] - 1),
         "gradients": max_relative_error(many["grads"], one["grads"]),
         "weights": max_relative_error(many["weights"], one["weights"]),
@@ -178,7 +180,7 @@ def is_quick(case: Case) -> bool:
     return case in CASES[:15] or case == eight[0]
 
 
-LIMITS = {"init": 0.0, "loss": 1e-11, "norm": 1e-11, "gradients": 1e-11, "weights": 1e-9}
+LIMITS = {"init": 0.0, "loss": 1e-11, "z_loss": 1e-11, "norm": 1e-11, "gradients": 1e-11, "weights": 1e-9}
 CASES = covering_cases()
 
 
@@ -194,6 +196,7 @@ def name_of(case: Case) -> str:
             f"b{case['micro_batch_size']}",
             *(name for name in ("window", "dropout") if case[name]),
             *(["ramp"] if case["phases"] == "ramp" else []),
+            *(["z"] if case["z_loss"] else []),
             case["model"],
             *([f"groups-{case['groups']}"] if case["groups"] != "none" else []),
         ]
@@ -234,18 +237,19 @@ def test_special_layouts_equal_one_process(overrides: dict[str, Any]) -> None:
 # -- two ranks and two steps: one small case per way of sharding, fast enough for proofs/mutations ---------------------
 
 SMALL: dict[str, dict[str, Any]] = {
-    "sequence": {"parallel_tensor": 2, "model_num_kv_heads": 1},
+    "sequence": {"parallel_tensor": 2, "model_num_kv_heads": 1, "train_z_loss": 0.1},
     "replicated": {
         "parallel_tensor": 2,
         "model_num_kv_heads": 1,
         "parallel_sequence": False,
         "train_recompute": "full",
+        "train_z_loss": 0.1,
     },
-    "pipeline": {"parallel_pipeline": 2},
+    "pipeline": {"parallel_pipeline": 2, "train_z_loss": 0.1},
     "split": {"parallel_pipeline": 2, "parallel_schedule": "zb-h1", "train_recompute": "full"},
     "interleaved": {"parallel_pipeline": 2, "parallel_schedule": "interleaved", "model_num_layers": 4},
     "zero": {"parallel_data": 2},
-    "data": {"parallel_data": 2, "parallel_zero": 0, "parallel_overlap": False},
+    "data": {"parallel_data": 2, "parallel_zero": 0, "parallel_overlap": False, "train_z_loss": 0.1},
     "dropout": {"parallel_tensor": 2, "train_recompute": "full"} | dropout_of(0.3),
     "dropout_data": {"parallel_data": 2} | dropout_of(0.3),
 }
@@ -264,6 +268,7 @@ def test_two_ranks_equal_one(name: str, **more: Any) -> None:
     one, many = run(config(1, **model), 2), run(config(2, **options), 2)
     assert max_relative_error(many["init"], one["init"]) == 0
     assert many["losses"] == pytest.approx(one["losses"], rel=1e-11)
+    assert many["z_losses"] == pytest.approx(one["z_losses"], rel=1e-11)
     assert many["norms"] == pytest.approx(one["norms"], rel=1e-11)
     assert max_relative_error(many["grads"], one["grads"]) < 1e-11
     assert max_relative_error(many["weights"], one["weights"]) < 1e-9
@@ -340,11 +345,12 @@ def test_pending_collectives_are_waited_for(zero: int, bucket_mib: float, monkey
 @pytest.mark.parametrize("phases", ["none", "ramp"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_one_process_equals_plain_torch(tied: bool, phases: str) -> None:
-    """Gradient accumulation, uneven masks, clipping, AdamW, weight decay: the reference of all other tests."""
+    """Accumulation, uneven masks, clipping, AdamW, weight decay, with a ramp also z-loss: what other tests refer to."""
     ramp = {"phase_1_from_step": 2, "phase_1_global_batch_size": 12, "phase_1_micro_batch_size": 2}
-    ramp |= {"phase_1_rope_theta": 50.0, "phase_2_from_step": 3, "phase_2_seq_len": 12}
+    ramp |= {"phase_1_rope_theta": 50.0, "phase_2_from_step": 3, "phase_2_seq_len": 12, "train_z_loss": 0.2}
     more = ramp if phases == "ramp" else {}
     cfg = config(1, **TINY | {"model_tie_embeddings": tied} | more, optimizer_weight_decay=0.3)
+    z_loss = cfg.train.z_loss
     found = run(cfg, 3)
     w = {name: torch.from_numpy(x.copy()).requires_grad_() for name, x in found["init"].items()}
     groups: list[dict[str, Any]] = [
@@ -356,15 +362,18 @@ def test_one_process_equals_plain_torch(tied: bool, phases: str) -> None:
     ctx = make_context(Layout(), 0, dtype=torch.float64)
     for step in range(3):
         batches, model = random_batches(cfg, ctx, step), model_in(cfg.model, phases_of(cfg).at(step + 1))
-        loss = sum(plain_loss(model, w, b) for b in batches) / sum(int(b.weights.sum()) for b in batches)
+        counted = sum(int(b.weights.sum()) for b in batches)
+        loss = sum(plain_loss(model, w, b) for b in batches) / counted
+        z = z_loss * sum(plain_z(model, w, b) for b in batches) / counted
         optimizer.zero_grad()
-        loss.backward()
+        (loss + z).backward()
         grads = {f"grad/{name}": x.grad.numpy().copy() for name, x in w.items()}
         norm = float(torch.nn.utils.clip_grad_norm_(w.values(), o.clip_norm))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step + 1, cfg.train.steps, o, cfg.lr_schedule)
         optimizer.step()
         assert found["losses"][step] == pytest.approx(loss.item(), rel=1e-9 if step else 1e-11)
+        assert found["z_losses"][step] == pytest.approx(z.item(), rel=1e-8 if step else 1e-11)
         assert found["norms"][step] == pytest.approx(
             norm, rel=1e-8 if step else 1e-11
         )  # AdamW divides tiny gradients by themselves
@@ -469,8 +478,8 @@ def write_table(path: Path) -> None:
         "```",
         "",
         "The cases below cover every pair of values of degree, schedule, sequence parallelism, ZeRO-1, recomputation,",
-        "micro-batch size, sliding window, phases, model and parameter groups, each compared with one process in",
-        "float64. This command measures them, and takes too long for a test of this page:",
+        "micro-batch size, sliding window, phases, z-loss, model and parameter groups, each compared with one process",
+        "in float64. This command measures them, and takes too long for a test of this page:",
         "",
         "    python -m tests.proofs.test_equivalence docs/equivalence.md",
         "",
@@ -490,7 +499,7 @@ def write_table(path: Path) -> None:
         options = [name for name, of in RELEVANT_DEGREE.items() if case[name] and case[of] > 1]
         options += [f"recompute {case['recompute']}"] * (case["recompute"] != "none")
         options += ["window"] * (case["window"] > 0) + [f"groups {case['groups']}"] * (case["groups"] != "none")
-        options += ["ramp"] * (case["phases"] == "ramp")
+        options += ["ramp"] * (case["phases"] == "ramp") + ["z-loss"] * (case["z_loss"] > 0)
         texts = [degrees, case["schedule"], ", ".join([*options, f"micro-batch {case['micro_batch_size']}"])]
         lines.append(_row([*texts, case["model"]], found))
         print(f"{number + 1}/{len(CASES)} {lines[-1]}", flush=True)

@@ -14,6 +14,7 @@ import torch
 from engine.config.derived import derive
 from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
+from engine.pipeline.executor import connect
 from engine.train.state import setup
 from engine.train.step import train_step
 from tests.support.cases import config, layout_of, random_batches
@@ -41,6 +42,7 @@ def measured(cfg: Config) -> list[dict[tuple[str, str], float]]:
     def job(ctx: ParallelContext) -> dict[tuple[str, str], float]:
         state = setup(cfg, ctx)
         batches = random_batches(cfg, ctx, 0)
+        connect(state.plan, state.stages, ctx, [b.to(ctx.device) for b in batches])  # once per run, not once per step
         ctx.world.traffic.clear()
         train_step(state, batches)
         state.wait_for_weights()

@@ -1,4 +1,4 @@
-"""The decoder's loss by torch's autograd, without code of the engine."""
+"""The model in plain torch, without code of the engine: the reference of losses and gradients."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def hidden_keys(cfg: ModelConfig, layer: int, starts: list[list[int]]) -> torch.
     return torch.tensor(hidden)
 
 
-def plain_loss(
+def plain_logits(
     cfg: ModelConfig, w: dict[str, torch.Tensor], batch: Any, starts: Any = None, drop: Any = lambda name, x: x
 ) -> torch.Tensor:
-    """The sum of the losses of the tokens in the loss mask, by torch's autograd without code of the engine.
+    """Logits [s, b, vocab_size], by torch's autograd without code of the engine.
 
     starts: of the document of each position of each row; None: each row is one document. drop: dropout at a place.
     """
@@ -54,6 +54,18 @@ def plain_loss(
         added = drop(f"{at}.mlp.inner", swiglu_reference(fused)) @ w[f"{at}.mlp.down.weight"].t()
         added = added if cfg.norm_position == "pre" else norm(added, f"{at}.mlp_{after}")
         x = x + attended + drop(f"{at}.mlp", added)
-    logits = norm(x, "norm") @ w["embed.weight" if cfg.tie_embeddings else "head.weight"].t()
+    return norm(x, "norm") @ w["embed.weight" if cfg.tie_embeddings else "head.weight"].t()
+
+
+def plain_loss(
+    cfg: ModelConfig, w: dict[str, torch.Tensor], batch: Any, starts: Any = None, drop: Any = lambda name, x: x
+) -> torch.Tensor:
+    """The sum of the losses of the counted tokens. starts, drop: as for plain_logits."""
+    logits = plain_logits(cfg, w, batch, starts, drop)
     losses = torch.nn.functional.cross_entropy(logits.permute(1, 2, 0), batch.labels, reduction="none")
     return (losses * batch.weights).sum()
+
+
+def plain_z(cfg: ModelConfig, w: dict[str, torch.Tensor], batch: Any) -> torch.Tensor:
+    """The sum of (log Z)^2 of the counted tokens."""
+    return (plain_logits(cfg, w, batch).exp().sum(-1).log().square() * batch.weights.t()).sum()

@@ -21,7 +21,7 @@ TINY |= {"train_seq_len": 8, "optimizer_clip_norm": 0.05, "model_tie_embeddings"
 
 
 def trajectory(ctx: ParallelContext, cfg: Config, steps: int = STEPS) -> dict[str, Any]:
-    """Train on random batches: losses and norms of all steps, gradients of step 1, initial and final weights."""
+    """Train on random batches: losses, z-losses, norms of all steps, gradients of step 1, initial and final weights."""
     state = setup(cfg, ctx)
     init = weights_of(state)
     results, grads = [], []
@@ -31,6 +31,7 @@ def trajectory(ctx: ParallelContext, cfg: Config, steps: int = STEPS) -> dict[st
             grads = gradients_of(state)
     return {
         "losses": [r.loss for r in results],
+        "z_losses": [r.sums.get("z_loss", 0.0) for r in results],
         "norms": [r.norms.norm for r in results],
         "init": init,
         "grads": grads,
@@ -47,6 +48,6 @@ def run(cfg: Config, steps: int = STEPS, dtype: torch.dtype = torch.float64) -> 
         transport=cfg.parallel.transport,
     )
     for other in ranks[1:]:
-        assert other["losses"] == ranks[0]["losses"] and other["norms"] == ranks[0]["norms"]
+        assert all(other[key] == ranks[0][key] for key in ("losses", "z_losses", "norms"))
     merged = {key: assemble([r[key] for r in ranks]) for key in ("init", "grads", "weights")}
-    return {"losses": ranks[0]["losses"], "norms": ranks[0]["norms"], **merged}
+    return ranks[0] | merged

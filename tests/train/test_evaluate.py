@@ -102,7 +102,7 @@ def test_a_corpus_shorter_than_a_sample_is_scored(tmp_path: Path) -> None:
 def masked_by_hand(cfg: Config, prefix: Path, mask: LossMask) -> tuple[float, int]:
     """(mean loss of the counted labels, their number) over a whole corpus, row by row with torch's cross-entropy."""
     ctx = make_context(Layout(), 0, dtype=torch.float64)
-    model = setup(cfg, ctx).stages[0].module
+    model = setup(cfg, ctx).stages[0].part
     order = SampleOrder(IndexedDataset(prefix), 16, cfg.train.seed, short=True)
     losses = []
     for row in [*order.gather(np.arange(order.samples_per_epoch)).tolist(), order.gather_tail().tolist()]:
@@ -157,7 +157,7 @@ def test_logits_do_not_depend_on_the_layout() -> None:
 
         def job(ctx: ParallelContext) -> Any:
             with torch.no_grad():
-                return setup(cfg, ctx).stages[0].module.logits(tokens).numpy()  # type: ignore[attr-defined]
+                return setup(cfg, ctx).stages[0].part.logits(tokens).numpy()  # type: ignore[attr-defined]
 
         return run_ranks(layout_of(cfg), job)
 

@@ -11,7 +11,7 @@ from gpu_measure import Session
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.batch import Documents, Sequence
+from engine.batch import Documents, MicroBatch, Sequence
 from engine.config.schema import ModelConfig
 from engine.distributed.context import make_context
 from engine.distributed.layout import Layout
@@ -149,14 +149,15 @@ def _head(session: Session) -> None:
     gain.data.fill_(1)
     x = session.randn(z.tokens, 1, z.hidden, grad=True)
     labels = torch.randint(z.vocab, (1, z.tokens), device=session.device)
-    weights = torch.full_like(labels, 1e-4, dtype=torch.float32)
+    weights = torch.full_like(labels, 1e-4, dtype=torch.float64)
     sequence = Sequence.of_rows(z.tokens, device=session.device)
+    batch = MicroBatch(labels, labels, weights, torch.zeros_like(labels[:, 0]), sequence)
 
     def forget() -> None:
         x.grad = weight.grad = gain.grad = None
 
     def ours() -> None:
-        model(x, labels, weights, sequence).sum().backward()
+        model((x,), batch).losses.sum().backward()
         forget()
 
     def peer() -> None:

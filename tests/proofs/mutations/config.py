@@ -45,8 +45,9 @@ MUTATIONS = [
         "loss_normalised_by_the_first_batch",
         "the loss is divided by the tokens of the first phase's batch",
         "engine.train.step:train_step",
-        "tokens = count_tokens(batches, state.plan, ctx)",
-        "tokens = count_tokens(batches, state.plan, ctx) * state.phases.at(1).tokens // state.phase.tokens",
+        "counted = count_tokens(batches, state.plan, ctx)",
+        "counted = count_tokens(batches, state.plan, ctx)\n"
+        "counted = type(counted)(counted.number, counted.weight * state.phases.at(1).tokens / state.phase.tokens)",
         ("test_one_process_equals_plain_torch",),
     ),
     Mutation(

@@ -178,4 +178,20 @@ MUTATIONS = [
         "True",
         ("test_no_weight_gradient_is_computed_for_frozen_matrices[1f1b]",),
     ),
+    Mutation(
+        "z_loss_without_gradient",
+        "the z-loss is reported, but its gradient is missing",
+        "engine.ops.loss:_chunk",
+        "weights if z_weights is None else weights + 2 * z_weights * log_z",
+        "weights",
+        ("test_one_process_equals_plain_torch[True-ramp]",),
+    ),
+    Mutation(
+        "log_z_of_the_local_slice",
+        "the z-loss is of this rank's slice of the vocabulary",
+        "engine.ops.loss:_statistics",
+        "return highest, total, at_target",
+        "return (highest if vocab_slice.axis.size == 1 else peak), total, at_target",
+        small("sequence"),
+    ),
 ]

@@ -58,11 +58,9 @@ class Output:
 
 
 class Part(Protocol):
-    """The part of a model that one pipeline stage runs."""
+    """The part of a model that one pipeline stage runs. sums: the names of all sums that its outputs may carry."""
 
-    @property
-    def sums(self) -> tuple[str, ...]:
-        """The names of all sums that its outputs may carry."""
+    sums: tuple[str, ...]
 
     def boundary(self, batch: MicroBatch) -> Boundary:
         """The tensors that it takes from the part before, () for the first; a function of `batch.shapes` alone."""

@@ -228,16 +228,13 @@ class TrainConfig(Section):
     """with bf16: run the blocks' matmuls in 8-bit floats, scaled per tensor, or per row and column; needs GPUs of
     compute capability 8.9 or above; on CPUs it is slow and only for tests"""
     compile: bool = False
-    """torch.compile the functions between matmuls, attention and collectives of a block, instead of the custom
-    kernels"""
+    """torch.compile the functions between matmuls, attention and collectives, instead of the custom kernels"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA if every local rank can have its own GPU, else CPU; the choice is printed"""
     z_loss: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """coefficient of the z-loss: adds that times the mean of (log Z)^2 to the objective, Z the sum of exp(logits);
-    keeps logits small; PaLM used 1e-4; 0: none"""
+    """adds this times the mean of (log Z)^2 to the objective, Z the sum of exp(logits); PaLM: 1e-4; 0: no z-loss"""
     skip_steps: str = ""
-    """optimizer steps to skip, such as "120 130-132": their batches are consumed without an update; use it to get past
-    a loss spike"""
+    """optimizer steps to skip, as after a loss spike, such as "120 130-132": batches are consumed without an update"""
 
 
 class OptimizerConfig(Section):

@@ -23,7 +23,7 @@ TOP_LEVEL = {"engine", "csrc", "examples", "tests", "tools", "docs"}
 
 # The core: a training step and everything that it needs, from the config to the optimizer.
 CORE = ("config", "distributed", "ops", "model", "parallel", "pipeline", "optim", "train", "batch.py", "errors.py")
-CORE_LINES = 13_000
+CORE_LINES = 13_200
 
 # rule: place that breaks it -> its size
 ALLOWED: dict[str, dict[str, int]] = {

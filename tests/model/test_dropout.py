@@ -76,8 +76,8 @@ def forward(state: TrainState, step: int = 0) -> Tensor:
     """The losses of one batch; step 0: without draws."""
     batch = random_batches(state.cfg, state.ctx, 0)[3]  # all of its labels count
     batch = batch.drawing(state.cfg.train.seed, step) if step else batch
-    module: Any = state.stages[0].module
-    losses: Tensor = module(batch.tokens, batch.labels, batch.weights, batch.sequence)
+    losses = state.stages[0].part((), batch).losses
+    assert losses is not None
     return losses
 
 
@@ -87,7 +87,7 @@ def test_nothing_is_dropped_without_draws() -> None:
     assert torch.equal(forward(plain), forward(dropped)) and torch.equal(forward(plain), forward(plain, step=1))
     values = [forward(dropped, step).item() for step in range(4)]
     assert len(set(values)) == 4 and forward(dropped, 2).item() == values[2]
-    models = [state.stages[0].module for state in (plain, dropped)]
+    models = [state.stages[0].part for state in (plain, dropped)]
     tokens = torch.arange(8)[None]
     a, b = (model.logits(tokens) for model in models if isinstance(model, Transformer))
     assert torch.equal(a, b)

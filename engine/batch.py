@@ -46,10 +46,15 @@ class Documents:
     @staticmethod
     def from_eod(tokens: Tensor, eod: int) -> Documents:
         """Documents of rows of tokens, int64 [b, s]: a new one starts after each token `eod` (end of document)."""
-        position = torch.arange(tokens.shape[1], device=tokens.device)
-        is_start = torch.ones_like(tokens, dtype=torch.bool)
-        is_start[:, 1:] = tokens[:, :-1] == eod
-        return Documents.from_starts((position * is_start).cummax(1).values)
+        return Documents.from_starts(document_starts(tokens, eod))
+
+
+def document_starts(tokens: Tensor, eod: int) -> Tensor:
+    """For each position of rows of tokens, int64 [b, s], the index at which its document starts, after an `eod`."""
+    position = torch.arange(tokens.shape[1], device=tokens.device)
+    is_start = torch.ones_like(tokens, dtype=torch.bool)
+    is_start[:, 1:] = tokens[:, :-1] == eod
+    return (position * is_start).cummax(1).values
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,8 @@
 
 #include "ops/ops.h"
 
+#include <ATen/ops/zeros.h>
+
 #include "kernels/cpu/gemm.h"
 
 namespace trident::ops {
@@ -73,8 +75,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const 
     require_like(grad, {x.s, x.b, x.n * x.d}, q, op, "grad");
     require_like(out, {x.s, x.b, x.n * x.d}, q, op, "out");
     require_like(lse, {x.b, x.n, x.s}, q, op, "lse");
-    Tensor gq = at::empty({x.b, x.n, x.s, x.d}, q.options()), gk = at::empty({x.b, x.m, x.keys, x.d}, q.options());
-    Tensor gv = at::empty({x.b, x.m, x.keys, x.d}, q.options());
+    Tensor gq = at::empty({x.b, x.n, x.s, x.d}, q.options());
+    // zeros: without queries the kernel does not run
+    Tensor gk = at::zeros({x.b, x.m, x.keys, x.d}, q.options()), gv = at::zeros({x.b, x.m, x.keys, x.d}, q.options());
     const Heads<const float> g{data<float>(grad), x.n * x.d, x.d, x.b * x.n * x.d};
     if (out.numel() > 0)
         trident::attention_backward(g, heads<const float, float>(q), heads<const float, float>(k),

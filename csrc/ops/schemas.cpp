@@ -16,6 +16,10 @@
 
 namespace {
 
+// _INTERFACE of engine/ops/native.py, raised whenever a schema or what an operator computes changes, so that an older
+// build is rejected.
+int64_t interface() { return 1; }
+
 std::string built_for() { return BUILT_FOR; }
 
 // The compute capabilities that the CUDA kernels were compiled for, as in TORCH_CUDA_ARCH_LIST; empty without kernels.
@@ -43,6 +47,7 @@ bool keep_freed_memory() {
 }  // namespace
 
 TORCH_LIBRARY(trident, lib) {
+    lib.def("interface() -> int", interface);
     lib.def("built_for() -> str", built_for);
     lib.def("cuda_capabilities() -> str", cuda_capabilities);
     lib.def("gemm_wins() -> bool", gemm_wins);

@@ -86,7 +86,7 @@ def _loss(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     head = Parameter(weight.detach(), ShardSpec((Chunk("head", tuple(weight.shape)),)))
     targets = torch.arange(x.shape[0] * x.shape[1], device=x.device).view(x.shape[:2]) * 7
     part, weights = VocabSlice(0, len(weight) - 3, _SELF), torch.linspace(0, 1, targets.numel(), device=x.device)
-    losses = linear_cross_entropy(x, head, targets, weights.view(targets.shape), part, _SELF, _SELF)
+    losses = linear_cross_entropy(x, head, targets, weights.view(targets.shape), part, _SELF, _SELF)[0]
     losses.sum().backward()
     assert x.grad is not None and head.grad is not None
     return losses.detach(), x.grad, head.grad

@@ -213,7 +213,7 @@ class TrainConfig(Section):
     loss_scale_window: int = Field(1000, ge=1)
     """fp16: number of steps without overflow after which the loss scale doubles"""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """probability of a zero in embeddings, MLP activations, and outputs of attention and MLPs; masks know no layout"""
+    """probability of a zero in embeddings, MLP activations, attention and MLP outputs; masks do not depend on layout"""
     attention_dropout: float = Field(0.0, ge=0, lt=1)
     """probability of a zero among the attention weights; of the implementations only train.attention sdpa can"""
     recompute: Literal["none", "selective", "full"] = "none"

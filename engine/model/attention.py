@@ -14,7 +14,7 @@ from engine.distributed.context import ParallelContext
 from engine.model.build import layers_of
 from engine.model.declarations import AttentionSpecs
 from engine.model.layers import Build, ColumnLinear, Norm, RowLinear, ShardedRMSNorm
-from engine.ops.attention import attention_case, select_core, select_implementation
+from engine.ops.attention import AttentionCase, attention_case, select_core, select_implementation
 from engine.ops.linear import RecomputeRecipe
 from engine.ops.recompute import recompute
 from engine.ops.rope import rope, split_and_rope
@@ -22,18 +22,15 @@ from engine.ops.rope import rope, split_and_rope
 
 def attention_names(cfg: Config, ctx: ParallelContext) -> tuple[str, ...]:
     """The attention implementations that the layers use on this rank, each once. ConfigError if one cannot run."""
-    cases = (
-        attention_case(
-            ctx.device,
-            ctx.dtype,
-            cfg.model.head_dim,
-            documents=cfg.data.separate_documents,
-            window=window,
-            dropout=cfg.train.attention_dropout > 0,
-        )
-        for window in dict.fromkeys(layer.window for layer in layers_of(cfg.model))
-    )
+    documents, dropout = cfg.data.separate_documents, cfg.train.attention_dropout
+    cases = dict.fromkeys(_case(layer, ctx, documents, dropout) for layer in layers_of(cfg.model))
     return tuple(dict.fromkeys(select_implementation(cfg.train.attention, case) for case in cases))
+
+
+def _case(layer: LayerConfig, ctx: ParallelContext, documents: bool, dropout: float) -> AttentionCase:
+    """What a layer's attention has to compute. documents: with document masking. dropout: of attention weights."""
+    how: dict[str, Any] = {"documents": documents, "window": layer.window, "dropout": dropout > 0}
+    return attention_case(ctx.device, ctx.dtype, layer.model.head_dim, **how)
 
 
 class Attention(nn.Module):
@@ -49,8 +46,7 @@ class Attention(nn.Module):
         self.n, self.m, self.d = cfg.num_heads // t, max(1, cfg.num_kv_heads // t), cfg.head_dim
         self.qkv, self.out = ColumnLinear(specs.qkv, build), RowLinear(specs.out, build)
         p = backends.attention_dropout
-        what: dict[str, Any] = {"documents": backends.documents, "window": layer.window, "dropout": p > 0}
-        case = attention_case(ctx.device, ctx.dtype, self.d, **what)
+        case = _case(layer, ctx, backends.documents, p)
         self.dropout = AttentionDropout(p, f"{name}.weights", cfg.num_heads, ctx.tensor.rank * self.n)
         self.window, self.attend = layer.window, select_core(backends.attention, case)
         self.rope, self.split_and_rope = backends.fuse(rope), backends.fuse(split_and_rope)

@@ -26,7 +26,7 @@ class SublayerType:
     """A mixer or feed-forward. declare(layer, workload, name) -> its declaration. module: of [s, b, h] -> [s, b, h].
 
     module(layer, build, name) makes it; engine.model.layers has Build. Its forward is called as (x, sequence,
-    recipe=recipe), a mixer's with more context before the sequence.
+    recipe=recipe), a mixer's as (x, rope_table, sequence, recipe=recipe).
     """
 
     declare: Callable[[LayerConfig, Workload, str], Declaration]

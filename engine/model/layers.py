@@ -31,7 +31,7 @@ from engine.model.build import StageShape
 from engine.model.declarations import NO_RECOMPUTE, RecomputePolicy, WeightSpecs
 from engine.ops.embedding import embedding
 from engine.ops.linear import RecomputeRecipe, linear
-from engine.ops.loss import VocabSlice, linear_cross_entropy_with_z
+from engine.ops.loss import VocabSlice, linear_cross_entropy
 from engine.ops.matmul import PLAIN_MATMUL, MatmulBackend
 from engine.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, sharded_rms_norm
 from engine.part import Boundary, Output
@@ -254,11 +254,9 @@ class VocabHead(nn.Module):
         The z-loss is the sum of coefficient * shares * (log Z)^2; None if the coefficient is 0.
         """
         shares = batch.weights if batch.shares is None else batch.shares
-        factors = batch.weights.t(), shares.t() * self.z_loss if self.z_loss else None
-        axes = self.replicated, self.sequence
-        losses, z_losses = linear_cross_entropy_with_z(
-            x, self.weight, batch.labels.t(), factors, self.vocab_slice, *axes
-        )
+        weights, z_weights = batch.weights.t(), shares.t() * self.z_loss if self.z_loss else None
+        of_ranks = self.vocab_slice, self.replicated, self.sequence
+        losses, z_losses = linear_cross_entropy(x, self.weight, batch.labels.t(), weights, *of_ranks, z_weights)
         return losses.sum(0), None if z_losses is None else z_losses.sum()
 
     def logits(self, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from engine.config.phases import Phases
 from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
 from engine.model.attention import attention_names
+from engine.model.build import layers_of
 from engine.ops.apex import fused_norms
 from engine.ops.native import describe_kernels, kernels
 from engine.planner.flops import flops_per_token
@@ -60,12 +61,12 @@ class Progress:
         return f"{text}; norms: apex" if fused_norms(probe) and not kernels(probe) else text
 
     def _attention(self) -> str:
-        model = self.cfg.model
+        model, layers = self.cfg.model, layers_of(self.cfg.model)
         text = " and ".join(attention_names(self.cfg, self.ctx))
         text += ", document masking" * self.cfg.data.separate_documents
-        windowed = sum(model.layer(i).window > 0 for i in range(model.num_layers))
-        layers = "all" if windowed == model.num_layers else f"{windowed} of {model.num_layers}"
-        return text + f", sliding window of {model.window} tokens in {layers} layers" * (windowed > 0)
+        windowed = sum(layer.window > 0 for layer in layers)
+        which = "all" if windowed == len(layers) else f"{windowed} of {len(layers)}"
+        return text + f", sliding window of {model.window} tokens in {which} layers" * (windowed > 0)
 
     def __enter__(self) -> Progress:
         self.began = self.shown_at = time.perf_counter()

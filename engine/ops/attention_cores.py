@@ -111,10 +111,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
 
 
 def _with_dropout(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, how: AttentionDropout) -> Tensor:
-    """Attention whose weights, after the softmax, are dropped by a keyed mask: torch's SDPA draws its own."""
+    """Attention whose weights, after the softmax, are dropped by a keyed mask: torch's SDPA draws its own.
+
+    Scores are float32 or wider, because the softmax multiplies their error by their size.
+    """
     (n, s, d), keys = q.shape[1:], k.shape[2]
-    scores = (q @ k.transpose(2, 3) * d**-0.5).masked_fill(~sequence.mask(s, keys), -torch.inf)
-    weights = torch.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(wide) @ k.to(wide).transpose(2, 3) * d**-0.5
+    weights = torch.softmax(scores.masked_fill(~sequence.mask(s, keys), -torch.inf), -1).to(q.dtype)
     assert sequence.draws is not None
     return dropout(weights, sequence.draws.key("dropout", how.name), sequence.attention_places(n, s, keys), how.p) @ v
 

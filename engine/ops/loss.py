@@ -191,33 +191,21 @@ def linear_cross_entropy(
     vocab_slice: VocabSlice,
     replicated: Axis,
     sequence: Axis,
-) -> Tensor:
-    """Weighted cross entropy of each token, weights * -log softmax(x W^T)[target] in nats; the objective is their sum.
-
-    x [s, b, h], weight [V_local, h], targets int64 (global ids) and weights, both [s * sequence.size, b] -> losses of
-    the same shape, float32 or wider. x is all-gathered over `sequence` along its first dim; its gradient is summed over
-    `replicated` and reduce-scattered over `sequence`. RuntimeError in the backward if the result's gradient is not 1.
-    """
-    return linear_cross_entropy_with_z(x, weight, targets, (weights, None), vocab_slice, replicated, sequence)[0]
-
-
-def linear_cross_entropy_with_z(
-    x: Tensor,
-    weight: Parameter,
-    targets: Tensor,
-    factors: tuple[Tensor, Tensor | None],
-    vocab_slice: VocabSlice,
-    replicated: Axis,
-    sequence: Axis,
+    z_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`linear_cross_entropy`, and z_weights * (log Z)^2 of each token, where Z is the sum of exp(logits).
+    """Weighted cross entropy of each token, weights * -log softmax(x W^T)[target] in nats, and its z-loss.
 
-    factors: (weights, z_weights), both like targets; without z_weights the second result is None. The objective is the
-    sum of both results. The z-loss keeps log Z near 0 (PaLM, Chowdhery et al. 2022, section 5).
+    The z-loss is z_weights * (log Z)^2, where Z is the sum of exp(logits); None without z_weights. It keeps log Z near
+    0 (PaLM, Chowdhery et al. 2022, section 5). The objective is the sum of both results over all tokens.
+
+    x [s, b, h], weight [V_local, h], targets int64 (global ids), weights and z_weights, all [s * sequence.size, b] ->
+    results of the same shape, float32 or wider. x is all-gathered over `sequence` along its first dim; its gradient is
+    summed over `replicated` and reduce-scattered over `sequence`. RuntimeError in the backward if the gradient of a
+    result is not 1.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    ids, shares, z_shares = targets.reshape(-1), *(None if f is None else f.reshape(-1).to(wide) for f in factors)
-    assert shares is not None
+    ids, shares = targets.reshape(-1), weights.reshape(-1).to(wide)
+    z_shares = None if z_weights is None else z_weights.reshape(-1).to(wide)
     if torch.is_grad_enabled():
         axes = replicated, sequence
         found, z_found = _LinearCrossEntropy.apply(x, weight, ids, shares, z_shares, vocab_slice, axes)

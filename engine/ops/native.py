@@ -19,6 +19,7 @@ from torch import Tensor
 from engine.util import extension
 from engine.util.build_notes import why_not_built
 
+_INTERFACE = 1  # of csrc/ops/schemas.cpp, raised when a schema or what an operator computes changes
 _TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -34,17 +35,23 @@ _OVERRIDES = _Overrides()
 
 
 def _open(name: str) -> tuple[Any, str]:
-    """Load the extension: (torch.ops.trident, the torch version that it was built for)."""
+    """Load the extension: (torch.ops.trident, the interface and the torch version that it was built for)."""
     spec = importlib.util.find_spec(name)
     assert spec is not None and spec.origin is not None  # found by extension.load
     torch.ops.load_library(spec.origin)
-    return torch.ops.trident, f"torch {torch.ops.trident.built_for()}"
+    library = torch.ops.trident
+    interface = getattr(library, "interface", int)()  # 0 if the build has none
+    return library, _version(interface, library.built_for())
+
+
+def _version(interface: int, built_for: str) -> str:
+    return f"interface {interface} and torch {built_for}"
 
 
 @functools.cache
 def load() -> tuple[Any, str]:
     """Load the extension once per process: (torch.ops.trident, "") or (None, why it cannot be used)."""
-    library, why = extension.load("engine._ops", f"torch {torch.__version__}", _open)
+    library, why = extension.load("engine._ops", _version(_INTERFACE, torch.__version__), _open)
     if library is not None:
         _register_shapes()
     return library, why

@@ -78,6 +78,7 @@ def _step(run: Run, *, skipped: bool, traced: bool) -> StepReport:
     data_s, before = time.perf_counter() - begin, dict(world.traffic)
     result = None
     if skipped:
+        state.enter(state.phase)  # as train_step does: a validation of this step is in its phase
         state.step += 1
     else:
         result = train_step(state, batches, traced=traced, num_sources=len(run.data.names))

@@ -114,11 +114,13 @@ class Weighting:
 
     weights: for each microbatch of this data rank float64 [b, s], the derivative of the objective with respect to each
     token's loss, over the whole global batch. loss: the objective, float64 scalar on the context's device, equal on all
-    ranks; None: the sum of weights * token losses.
+    ranks; None: the sum of weights * token losses. mean: whether it is the mean of the token losses by the weights of
+    the batch, so that the same mean of each source is a part of it.
     """
 
     weights: list[Tensor]
     loss: Tensor | None = None
+    mean: bool = False
 
 
 class Objective(Protocol):
@@ -131,7 +133,7 @@ class LanguageModel:
     """The mean cross entropy of the next token, over the counted tokens of the global batch, by their weights."""
 
     def __call__(self, batch: GlobalBatch) -> Weighting:
-        return Weighting([b.weights / batch.counted.weight for b in batch.batches])
+        return Weighting([b.weights / batch.counted.weight for b in batch.batches], mean=True)
 
 
 def scaled(batch: GlobalBatch, weighting: Weighting, scale: float) -> list[MicroBatch]:

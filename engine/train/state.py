@@ -71,11 +71,17 @@ class TrainState:
         return self.phases.at(self.step + 1)
 
     def enter(self, phase: Phase) -> None:
-        """Let the stages compute with the RoPE settings of a phase."""
+        """Let the stages compute with the RoPE settings of a phase. ConfigError if a part cannot take them."""
         model = model_of(self.cfg.model, phase)
-        for stage in self.stages.values():
+        for number, stage in self.stages.items():
             if isinstance(stage.part, ModelPart):
                 stage.part.use(model)
+            elif phase.rope:
+                problem = f"the part of stage {number} takes no RoPE settings"
+                fix = "Derive it from engine.model.layers.ModelPart, or leave RoPE out of the phases."
+                raise ConfigError(
+                    [FieldError("train.part-without-rope", f"phase.{phase.number}", phase.rope, problem, fix)]
+                )
 
     @property
     def plan(self) -> Plan:

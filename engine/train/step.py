@@ -20,12 +20,12 @@ from engine.train.state import TrainState
 
 @dataclass(frozen=True)
 class StepResult:
-    """Result of one optimizer step. loss: mean nats per counted token. norms: before clipping. lr: learning rate.
+    """Result of one optimizer step. loss: the objective, such as the mean nats per counted token.
 
-    tokens: number of counted tokens. skipped: a gradient overflowed in fp16 and no weight changed. trace: of the
-    executor, if requested. by_source: source of a blend -> its mean loss, for sources with counted tokens in this step;
-    empty if the objective is not a mean of token losses. sums: the named sums of the model's parts, such as z_loss;
-    `loss` does not contain them.
+    norms: before clipping. lr: learning rate. tokens: number of counted tokens. skipped: a gradient overflowed in fp16
+    and no weight changed. trace: of the executor, if requested. by_source: source of a blend -> its mean loss, for
+    sources with counted tokens in this step; empty if the objective is not a mean of token losses. sums: the named sums
+    of the model's parts, such as z_loss; `loss` does not contain them.
     """
 
     loss: float
@@ -78,7 +78,7 @@ def train_step(
         state.optimizer.step(lr, clip_factor(norms.norm, cfg.optimizer.clip_norm) / scale)
     state.step += 1
     by_source = {}
-    if num_sources and weighting.loss is None:
+    if num_sources and weighting.mean:
         by_source = losses_by_source(done.losses * (counted.weight / scale), whole.batches, state, num_sources)
     return StepResult(loss, norms, lr, counted.number, not finite, trace, by_source, dict(zip(done.sums, sums)))
 

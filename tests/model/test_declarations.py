@@ -20,7 +20,9 @@ from engine.model.build import declare, num_parameters, stage_shapes, tensor_sha
 from engine.model.declarations import Workload
 from engine.model.layers import Build
 from engine.model.stages import build_part, build_stages
+from engine.ops import native
 from engine.ops.rope import rope_at
+from engine.pipeline.executor import connect
 from engine.planner.memory import saved_bytes, specs_per_rank
 from engine.train.state import setup
 from tests.support.cases import config, layout_of, micro_batch
@@ -134,7 +136,8 @@ def measured(cfg: Any) -> list[int]:
         documents = Documents.from_starts(torch.zeros(b, s, dtype=torch.int64)) if cfg.data.separate_documents else None
         batch = micro_batch(tokens, tokens, sequence=Sequence.of_rows(s, documents)).drawing(1, 1)
         width = s // ctx.sequence.size
-        x = None if stage.first else torch.zeros(width, b, cfg.model.hidden_size, dtype=ctx.dtype)
+        connect(state.plan, state.stages, ctx, [batch])
+        x = None if number == 0 else torch.zeros(width, b, cfg.model.hidden_size, dtype=ctx.dtype)
         storages: dict[int, torch.UntypedStorage] = {}
 
         def pack(saved: torch.Tensor) -> torch.Tensor:
@@ -148,9 +151,9 @@ def measured(cfg: Any) -> list[int]:
 
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved)
         with hooks, patch.object(transformer, "rope_at", recorded):
-            out = stage.forward(0, x, batch, 1.0)
-        if not stage.last:
-            storages[out.untyped_storage().data_ptr()] = out.untyped_storage()
+            out = stage.forward(0, () if x is None else (x,), batch)
+        for kept in (tensor.untyped_storage() for tensor in out.tensors):
+            storages[kept.data_ptr()] = kept
         return {number: sum(storage.nbytes() for storage in storages.values())}
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(cfg.train.precision, torch.float64)
@@ -159,6 +162,7 @@ def measured(cfg: Any) -> list[int]:
     return [by_stage[number] for number in sorted(by_stage)]
 
 
+@pytest.mark.skipif(native.load()[0] is None, reason="without kernels q and k share a storage, which is kept for both")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", SAVED)
 def test_declared_activations_are_those_that_autograd_saves(case: str, mode: str) -> None:

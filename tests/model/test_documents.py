@@ -157,7 +157,8 @@ def test_rope_reads_the_positions_of_the_sequence() -> None:
         for boundaries in (documents, None):
             for positions in (torch.arange(S)[None], restarted):
                 with torch.no_grad():
-                    losses = stage.part(tokens, tokens, torch.ones_like(tokens), Sequence(positions, boundaries))
+                    batch = micro_batch(tokens, tokens, sequence=Sequence(positions, boundaries))
+                    losses = stage.part((), batch).losses
                 found.append(losses)
         return found
 

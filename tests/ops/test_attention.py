@@ -9,13 +9,14 @@ import math
 import sys
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from engine.batch import Documents, Sequence
+from engine.batch import AttentionDropout, Documents, Draws, Sequence
 from engine.distributed.context import ParallelContext
 from engine.errors import ConfigError
 from engine.ops import attention, attention_cores
@@ -332,6 +333,17 @@ def test_the_selected_core_computes_every_kind(dtype: torch.dtype) -> None:
         out = select_core("auto", case)(*inputs, sequence_of(starts, causal, window))
         exact = by_hand(*(x.double() for x in inputs), visible(7, 7, starts, causal, window))
         assert (out.double() - exact).abs().max() < {torch.float64: 1e-12, torch.float32: 1e-5, BF16: 3e-2}[dtype]
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32], ids=str)
+def test_dropout_of_weights_is_as_exact_as_without(dtype: torch.dtype) -> None:
+    """Large scores: in the dtype of the heads their rounding alone would change the weights by a tenth."""
+    draws, how = Draws(1, 2, torch.arange(2)), AttentionDropout(0.25, "layers.0.attention.weights", 4, 0)
+    sequence = replace(sequence_of(STARTS), draws=draws, dropout=how)
+    q, k, v = (x.detach() * scale for x, scale in zip(heads(2, 4, 2, 7, 8, dtype), (8, 8, 1)))
+    exact = CORES["sdpa"](*(x.double() for x in (q, k, v)), sequence)
+    error = (CORES["sdpa"](q, k, v, sequence).double() - exact).abs().max() / exact.abs().max()
+    assert error < 4 * torch.finfo(dtype).eps
 
 
 def test_setup_rejects_an_unavailable_implementation() -> None:

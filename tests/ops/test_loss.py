@@ -104,7 +104,7 @@ def test_gradients_equal_finite_differences(kernels: bool) -> None:
     targets, weights, part = ids(4, 3, 2), randn(3, 2, seed=2), VocabSlice(0, 4, SELF_AXIS)
 
     def objective() -> Tensor:
-        return linear_cross_entropy(x, head, targets, weights, part, SELF_AXIS, SELF_AXIS).sum()
+        return linear_cross_entropy(x, head, targets, weights, part, SELF_AXIS, SELF_AXIS)[0].sum()
 
     with native.forced(kernels=kernels and native.load()[0] is not None):
         objective().backward()
@@ -176,7 +176,7 @@ def parallel(ctx: ParallelContext, x: Tensor, weight: Tensor, targets: Tensor, w
     rows = torch.full((width, weight.shape[1]), 1e3, dtype=weight.dtype)
     rows[:valid] = weight[start : start + valid]
     mine, head = like(x.chunk(ctx.sequence.size)[ctx.sequence.rank], x.dtype), parameter(rows, x.dtype)
-    losses = linear_cross_entropy(
+    losses, _ = linear_cross_entropy(
         mine, head, targets, weights, VocabSlice(start, valid, axis), ctx.replicated, ctx.sequence
     )
     losses.sum().backward()

@@ -8,6 +8,7 @@ see test_boundaries.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,6 +116,17 @@ def test_attention_with_a_window(b: int, n: int, m: int, s: int, d: int, kind: s
     found = both(lambda q, k, v: attention(q, k, v, documents, window), *inputs)[0]
     for x, e in zip(found, reference(*inputs, op=dense), strict=True):
         assert relative(x, e, floor=10.0 if window == 1 else 1.0) < 4e-6  # 1: terms that cancel to 0 are this large
+
+
+@needs_tiles
+def test_attention_without_queries_has_zero_gradients_of_keys() -> None:
+    k, v, nothing = randn(2, 2, 300, 8).float(), randn(2, 2, 300, 8).float(), torch.empty(2, 4, 0, 8)
+    for _ in range(20):  # freed memory that is not zero
+        torch.full((2, 2, 300, 8), 7.0)
+        grads = OPS.attention_backward(
+            torch.empty(0, 2, 32), nothing, k, v, torch.empty(0, 2, 32), torch.empty(2, 4, 0), None, 0.4
+        )
+        assert [g.shape for g in grads] == [nothing.shape, k.shape, v.shape] and not any(g.any() for g in grads)
 
 
 @needs_tiles
@@ -265,6 +277,18 @@ def test_references_run_where_kernels_are_unavailable() -> None:
 def test_references_pass_without_kernels(test: Callable[[], None]) -> None:
     with native.forced(kernels=False):
         test()
+
+
+def test_a_build_of_another_interface_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its number, and one without a number too: both would lack operators, or compute something else."""
+    monkeypatch.setattr(native, "_INTERFACE", native._INTERFACE + 1)
+    library, why = native.load.__wrapped__()
+    now, torch_version = native._INTERFACE, f"and torch {torch.__version__}"
+    built = f"engine._ops was built for interface {now - 1} {torch_version}"
+    assert library is None and why == f"{built}, this is interface {now} {torch_version}"
+    older = SimpleNamespace(load_library=lambda _: None, trident=SimpleNamespace(built_for=lambda: torch.__version__))
+    monkeypatch.setattr(native.torch, "ops", older)
+    assert native._open("engine._ops")[1] == f"interface 0 {torch_version}"
 
 
 def test_a_missing_extension_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,12 @@ import pytest
 from engine.checkpoint.load import Reader
 from engine.data.samples.indexed_writer import IndexedWriter
 from engine.distributed.context import ParallelContext
+from engine.errors import ConfigError
 from engine.train.loop import train
+from engine.train.state import setup
 from engine.util.signals import StopRequest
-from tests.support.cases import resolve
+from tests.support.cases import config, layout_of, resolve
+from tests.support.errors import raises
 from tests.support.harness import run_ranks
 
 BATCHES = [4, 4, 8, 8, 16, 16, 8, 8]
@@ -157,6 +161,32 @@ def test_sequence_lengths_change_in_every_layout_and_on_resume(blend: str, tmp_p
     for stop in (2, 5, 6):
         go(tmp_path / f"stop{stop}", blend, stop, **LONGER)
         assert go(tmp_path / f"stop{stop}", blend, 8, **LONGER) == whole
+
+
+def test_a_validation_after_a_skipped_step_is_in_its_phase(blend: str, tmp_path: Path) -> None:
+    """The score equals that of a start after the step, which validates before it trains."""
+    valid = {"data_valid": blend.split()[1], "eval_every": 3, "eval_batches": 1}
+    skipped: dict[str, Any] = {"phase_1_rope_theta": 50.0, "train_skip_steps": "3"}
+    found = [go(tmp_path / "now", blend, 3, **skipped, **valid)]
+    go(tmp_path / "later", blend, 3, **skipped)
+    found.append(go(tmp_path / "later", blend, 3, **skipped, **valid))
+    found.append(go(tmp_path / "other", blend, 3, train_skip_steps="3", **valid))
+    now, later, other = ([line["val_loss"] for line in lines if "val_loss" in line] for lines in found)
+    assert now == later and len(now) == 1 and abs(now[0] - other[0]) > 1e-6
+
+
+def test_a_phase_with_rope_needs_parts_that_take_it() -> None:
+    cfg = config(phase_1_from_step=2, phase_1_rope_theta=50.0)
+
+    def job(ctx: ParallelContext) -> None:
+        state = setup(cfg, ctx)
+        stage = state.stages[0]
+        stage.part = SimpleNamespace(sums=())  # type: ignore[assignment]
+        state.enter(state.phases.at(1))
+        with raises(ConfigError, "train.part-without-rope", "phase.1 = ", "stage 0 takes no RoPE settings"):
+            state.enter(state.phases.at(2))
+
+    run_ranks(layout_of(cfg), job)
 
 
 def test_a_skipped_step_consumes_the_batch_of_its_phase(

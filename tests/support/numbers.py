@@ -132,7 +132,7 @@ def parameter(values: Tensor, dtype: torch.dtype = torch.float64, main: torch.dt
 def token_losses(x: Tensor, weight: Any, targets: Tensor, weights: Tensor) -> Tensor:
     """Cross entropy of each token on one rank, without padding."""
     part = VocabSlice(0, len(weight), SELF_AXIS)
-    return linear_cross_entropy(x, weight, targets, weights, part, SELF_AXIS, SELF_AXIS)
+    return linear_cross_entropy(x, weight, targets, weights, part, SELF_AXIS, SELF_AXIS)[0]
 
 
 def ids(vocab: int, *shape: int) -> Tensor:

@@ -134,8 +134,7 @@ def test_objectives_equal_plain_torch_in_every_layout(objective: Any, name: str)
     expected = plain(cfg, objective, {k: torch.from_numpy(x.copy()).requires_grad_() for k, x in found["init"].items()})
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-11)
     assert found["z"] == pytest.approx(expected["z"], rel=1e-11)
-    if not isinstance(objective, Confidence):  # it is not a mean by the weights of the batch
-        assert found["sources"] == pytest.approx(expected["sources"], rel=1e-11)
+    assert found["sources"] == pytest.approx(expected["sources"], rel=1e-11)
     assert max_relative_error(found["grads"], expected["grads"]) < 1e-11
     assert 0 < found["tokens"] < SAMPLES * 8
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from engine.batch import Documents, Rows
+from engine.batch import Rows, document_starts
 from engine.config.skips import Ranges, contains
 
 
@@ -40,7 +40,7 @@ class SeparateDocuments:
     restart: bool = False
 
     def __call__(self, rows: Rows) -> Rows:
-        starts = Documents.from_eod(rows.tokens[:, :-1], self.eod).starts
+        starts = document_starts(rows.tokens[:, :-1], self.eod)
         positions = torch.arange(starts.shape[1]) - starts if self.restart else None
         return replace(rows, starts=starts, positions=positions)
 

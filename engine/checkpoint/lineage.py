@@ -38,7 +38,7 @@ _SKIPS = ("train.skip_steps", "data.skip_samples")  # may change for future step
 # May change, but affects the results, so changes are reported.
 _REPORTED = (
     *("train.steps", "train.global_batch_size", "train.precision", "train.fp8", *_SKIPS),
-    *("train.dropout", "train.attention_dropout"),
+    *("train.dropout", "train.attention_dropout", "train.z_loss", "objective.kind"),
 )
 _REPORTED_SECTIONS = ("optimizer", "lr_schedule", "phase")
 _RATE = "lr_schedule"  # the word that allows a jump of the learning rate

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from engine.config.derived import BALANCED, chunks_of, data_degree, model_ranks
 from engine.config.model_checks import fp8_errors, model_errors, multiples_near, seq_len_errors
+from engine.config.objective_table import OBJECTIVES
 from engine.config.phase_checks import ordered_phases, phase_errors
 from engine.config.schema import CheckpointConfig, Config
 from engine.config.skips import read_ranges
@@ -25,9 +26,17 @@ def config_errors(cfg: Config, world: int, plan: Plan | PlanError | None = None)
         *_train_errors(cfg),
         *_checkpoint_errors(cfg.checkpoint),
         *_skip_errors(cfg),
+        *_objective_errors(cfg),
         *row_errors(cfg.optimizer),
         *phase_errors(cfg, world, None if isinstance(plan, PlanError) else plan),
     ]
+
+
+def _objective_errors(cfg: Config) -> Iterator[FieldError]:
+    if (kind := cfg.objective.kind) not in OBJECTIVES:
+        near = difflib.get_close_matches(kind, OBJECTIVES, n=1, cutoff=0.0)[0]
+        problem = f"is not one of {', '.join(OBJECTIVES)}"
+        yield FieldError("config.objective-unknown", "objective.kind", kind, problem, f"Did you mean {near}?")
 
 
 def _skip_errors(cfg: Config) -> Iterator[FieldError]:

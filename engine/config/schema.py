@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import Field
 
 from engine.config.group_table import GroupConfig
+from engine.config.objective_table import ObjectiveConfig
 from engine.config.phase_table import PhaseConfig
 from engine.config.section import Section
 from engine.optim.update_rules import RULES
@@ -362,6 +363,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig = TrainConfig()
     phase: tuple[PhaseConfig, ...] = ()
+    objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lr_schedule: LrScheduleConfig = LrScheduleConfig()
     data: DataConfig = DataConfig()

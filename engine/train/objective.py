@@ -9,6 +9,7 @@ An objective sees the whole global batch, in the same order in every layout. So 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.batch import MicroBatch
+from engine.config.objective_table import OBJECTIVES, ObjectiveConfig
 from engine.distributed.collectives import all_reduce_
 from engine.distributed.context import ParallelContext
 from engine.errors import DataError
@@ -129,8 +131,18 @@ class Objective(Protocol):
     def __call__(self, batch: GlobalBatch) -> Weighting: ...
 
 
+def make_objective(cfg: ObjectiveConfig) -> Objective:
+    """The objective that a config selects from OBJECTIVES."""
+    module, _, attribute = OBJECTIVES[cfg.kind].partition(":")
+    objective: Objective = getattr(importlib.import_module(module), attribute)(cfg)
+    return objective
+
+
 class LanguageModel:
     """The mean cross entropy of the next token, over the counted tokens of the global batch, by their weights."""
+
+    def __init__(self, cfg: ObjectiveConfig):
+        pass  # it has no settings
 
     def __call__(self, batch: GlobalBatch) -> Weighting:
         return Weighting([b.weights / batch.counted.weight for b in batch.batches], mean=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -33,7 +33,7 @@ from engine.optim.precision import PRECISIONS, LossScale
 from engine.parallel.gradients import GradBuckets, make_buckets, wait_before_use
 from engine.pipeline.actions import Plan
 from engine.pipeline.stage import Stage
-from engine.train.objective import LanguageModel, Objective
+from engine.train.objective import Objective, make_objective
 
 
 @dataclass
@@ -58,12 +58,12 @@ class TrainState:
     optimizer: Optimizer
     norms: NormCounter
     scale: LossScale
+    objective: Objective
     step: int = 0
     order_begin: int = 0
     lineage: tuple[Ancestor, ...] = ()
     initial_values: str = GENERATOR
     before_update: Callable[[], None] = lambda: None
-    objective: Objective = field(default_factory=LanguageModel)
 
     @property
     def phase(self) -> Phase:
@@ -149,7 +149,10 @@ def setup(cfg: Config, ctx: ParallelContext, derived: Derived | None = None) -> 
     norms = NormCounter(all_buckets, ctx, tensor_names(specs), PRECISIONS[cfg.train.precision].main)
     fp16 = cfg.train.precision == "fp16"
     scale = LossScale(cfg.train.loss_scale, cfg.train.loss_scale_window) if fp16 else LossScale()
-    return TrainState(cfg, ctx, derived, derived.phases, stages, specs, params, all_buckets, optimizer, norms, scale)
+    objective = make_objective(cfg.objective)
+    return TrainState(
+        cfg, ctx, derived, derived.phases, stages, specs, params, all_buckets, optimizer, norms, scale, objective
+    )
 
 
 def check_groups(cfg: Config) -> list[ShardSpec]:

@@ -70,6 +70,7 @@ ERROR_CASES: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
         "config.settings-contradict",
         "data.fim_rate 0 0.5",
     ),
+    "objective": ({"objective.kind": "pretrian"}, 1, "objective.kind", "config.objective-unknown", "pretrain"),
     "model type": ({"model.type": "encoder"}, 1, "model.type", "config.model-type-unknown", "decoder"),
     "kv heads": (
         {"model.num_kv_heads": 3},

@@ -31,6 +31,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "config.section",
         "config.phase_table",
         "config.group_table",
+        "config.objective_table",
         "optim.update_rules",
         "distributed.layout",
         "distributed.specs",

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.batch import MicroBatch
+from engine.config.objective_table import OBJECTIVES, ObjectiveConfig
 from engine.config.schema import Config
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.order import SampleOrder
@@ -57,9 +58,12 @@ class Preference:
     As in DPO without a reference model; log p of a sample is the weighted sum of its tokens.
     """
 
+    def __init__(self, cfg: ObjectiveConfig):
+        self.beta = BETA
+
     def __call__(self, batch: GlobalBatch) -> Weighting:
         losses = batch.sample_losses([b.weights for b in batch.batches]).requires_grad_()
-        loss = F.softplus(-BETA * (losses[1::2] - losses[::2])).mean()
+        loss = F.softplus(-self.beta * (losses[1::2] - losses[::2])).mean()
         (slopes,) = torch.autograd.grad(loss, losses)
         parts = zip(batch.batches, batch.of_this_rank(slopes), strict=True)
         return Weighting([b.weights * slope[:, None] for b, slope in parts], loss.detach())
@@ -68,8 +72,11 @@ class Preference:
 class Confidence:
     """Each sample weighs as the model's probability of its tokens, which is a constant of the step."""
 
+    def __init__(self, cfg: ObjectiveConfig):
+        self.rate = 0.1
+
     def __call__(self, batch: GlobalBatch) -> Weighting:
-        weights = (-0.1 * batch.sample_losses([b.weights for b in batch.batches])).exp()
+        weights = (-self.rate * batch.sample_losses([b.weights for b in batch.batches])).exp()
         parts = zip(batch.batches, batch.of_this_rank(weights / weights.sum()), strict=True)
         return Weighting([b.weights * weight[:, None] for b, weight in parts])
 
@@ -80,11 +87,9 @@ def uneven(cfg: Config, ctx: ParallelContext) -> list[MicroBatch]:
     return [replace(b, weights=b.weights * (0.3 + (b.samples[:, None] * 7 + torch.arange(8)) % 5)) for b in batches]
 
 
-def step(cfg: Config, objective: Any = None) -> dict[str, Any]:
+def step(cfg: Config) -> dict[str, Any]:
     def job(ctx: ParallelContext) -> dict[str, Any]:
         state = setup(cfg, ctx)
-        if objective is not None:
-            state.objective = objective
         init = weights_of(state)
         batches = [replace(b, sources=b.samples % 2) for b in uneven(cfg, ctx)]
         result = train_step(state, batches, num_sources=2)
@@ -96,7 +101,7 @@ def step(cfg: Config, objective: Any = None) -> dict[str, Any]:
     return ranks[0] | {key: assemble([rank[key] for rank in ranks]) for key in ("init", "grads")}
 
 
-def plain(cfg: Config, objective: Any, weights: dict[str, Tensor]) -> dict[str, Any]:
+def plain(cfg: Config, weights: dict[str, Tensor]) -> dict[str, Any]:
     """The same in one graph. Sample by sample: log p, and the z-loss, which is a mean over tokens by their weights."""
     ctx = make_context(Layout(), 0, dtype=torch.float64)
     alone = cfg.model_copy(update={"train": cfg.train.model_copy(update={"micro_batch_size": 1})})
@@ -108,14 +113,15 @@ def plain(cfg: Config, objective: Any, weights: dict[str, Tensor]) -> dict[str, 
         counts.append(float(b.weights.sum()))
     each, total = torch.stack(losses), sum(counts)
     sources = {}
-    if objective is None:
+    kind = cfg.objective.kind
+    if kind == "pretrain":
         loss = each.sum() / total
-    elif isinstance(objective, Preference):
+    elif kind == "preference":
         loss = -torch.sigmoid(BETA * (each[1::2] - each[::2])).log().mean()
     else:
         share = (-0.1 * each).detach().exp()
         loss = (each * share / share.sum()).sum()
-    if objective is None:
+    if kind == "pretrain":
         sources = {k: each[k::2].sum().item() / sum(counts[k::2]) for k in (0, 1)}
     z = cfg.train.z_loss * z / total
     (loss + z).backward()
@@ -124,14 +130,16 @@ def plain(cfg: Config, objective: Any, weights: dict[str, Tensor]) -> dict[str, 
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("objective", [None, Preference(), Confidence()], ids=["mean", "preference", "confidence"])
-def test_objectives_equal_plain_torch_in_every_layout(objective: Any, name: str) -> None:
+@pytest.mark.parametrize("kind", ["pretrain", "preference", "confidence"])
+def test_objectives_equal_plain_torch_in_every_layout(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights of a preference loss are negative for some samples; the z-loss stays a mean over counted tokens."""
+    for toy in (Preference, Confidence):
+        monkeypatch.setitem(OBJECTIVES, toy.__name__.lower(), f"{__name__}:{toy.__name__}")
     layout = LAYOUTS[name]
     world = layout.get("parallel_data", 1) * layout.get("parallel_tensor", 1) * layout.get("parallel_pipeline", 1)
-    cfg = config(world, **MODEL | layout, train_z_loss=0.2)
-    found = step(cfg, objective)
-    expected = plain(cfg, objective, {k: torch.from_numpy(x.copy()).requires_grad_() for k, x in found["init"].items()})
+    cfg = config(world, **MODEL | layout, train_z_loss=0.2, objective_kind=kind)
+    found = step(cfg)
+    expected = plain(cfg, {k: torch.from_numpy(x.copy()).requires_grad_() for k, x in found["init"].items()})
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-11)
     assert found["z"] == pytest.approx(expected["z"], rel=1e-11)
     assert found["sources"] == pytest.approx(expected["sources"], rel=1e-11)

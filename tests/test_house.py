@@ -22,8 +22,20 @@ FILE_LINES, FUNCTION_LINES, ARGUMENTS, TOP_FILES = 400, 60, 8, 8
 TOP_LEVEL = {"engine", "csrc", "examples", "tests", "tools", "docs"}
 
 # The core: a training step and everything that it needs, from the config to the optimizer.
-CORE = ("config", "distributed", "ops", "model", "parallel", "pipeline", "optim", "train", "batch.py", "errors.py")
-CORE_LINES = 13_200
+CORE = (
+    "config",
+    "distributed",
+    "ops",
+    "model",
+    "parallel",
+    "pipeline",
+    "optim",
+    "train",
+    "batch.py",
+    "part.py",
+    "errors.py",
+)
+CORE_LINES = 13_500
 
 # rule: place that breaks it -> its size
 ALLOWED: dict[str, dict[str, int]] = {

@@ -34,6 +34,7 @@ PARTS = {
         f"pipeline.{name}": "plans" for name in ("list_schedules", "improve", "search", "timeline", "draw", "torch_csv")
     },
     "train.evaluate": "evaluate",
+    "train.objective": "evaluate",
 }
 TEXTS = {
     "errors": "codes, exit codes",
@@ -45,7 +46,8 @@ TEXTS = {
     "plans": "schedules, check, search",
     "config": "settings and checks",
     "planner": "FLOPs, memory",
-    "batch": "micro-batch, documents",
+    "batch": "micro-batch, sequence",
+    "part": "what a stage runs",
     "distributed": "axes, collectives, shards",
     "ops": "autograd and kernels",
     "data": "text to samples",
@@ -56,12 +58,24 @@ TEXTS = {
     "checkpoint": "save, load, reshard",
     "interop": "Hugging Face, Megatron",
     "inference": "load, generate",
-    "evaluate": "validation (train/)",
+    "evaluate": "objective, validation",
     "monitor": "metrics, health, plots",
     "train": "setup, step, loop",
     "cli": "the engine command",
 }
-CORE = {"errors", "layout", "plans", "declarations", "groups", "config", "batch", "distributed", "ops", "parallel"}
+CORE = {
+    "errors",
+    "layout",
+    "plans",
+    "declarations",
+    "groups",
+    "config",
+    "batch",
+    "part",
+    "distributed",
+    "ops",
+    "parallel",
+}
 CORE |= {"model", "pipeline", "optim", "evaluate", "train"}  # as CORE of tests/test_house.py
 WIDTH, HEIGHT, GAP, ROW = 168, 44, 24, 84
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 from pydantic import Field
 
 from engine.config.group_table import GroupConfig
 from engine.config.objective_table import ObjectiveConfig
 from engine.config.phase_table import PhaseConfig
-from engine.config.section import Section
+from engine.config.section import Section, row_class
 from engine.optim.update_rules import RULES
 from engine.pipeline.schedules import SCHEDULES
 
@@ -377,7 +377,7 @@ def fields() -> Iterator[tuple[str, str, Any]]:
     for section, info in Config.model_fields.items():
         if isinstance(info.annotation, type):
             for name, field in info.annotation.model_fields.items():
-                if _row_class(field.annotation) is None:
+                if row_class(field.annotation) is None:
                     yield section, name, field
 
 
@@ -385,18 +385,12 @@ def tables() -> dict[str, type[Section]]:
     """Every array of tables: its path, such as `phase` for [[phase]], -> the class of its rows."""
     found = {}
     for section, info in Config.model_fields.items():
-        if row := _row_class(info.annotation):
+        if row := row_class(info.annotation):
             found[section] = row
         elif isinstance(info.annotation, type):
             found |= {
                 f"{section}.{name}": row
                 for name, field in info.annotation.model_fields.items()
-                if (row := _row_class(field.annotation))
+                if (row := row_class(field.annotation))
             }
     return found
-
-
-def _row_class(annotation: Any) -> type[Section] | None:
-    """Class of the rows of an array of tables; None for any other type of a field."""
-    row = get_args(annotation)[0] if get_origin(annotation) is tuple else None
-    return row if isinstance(row, type) and issubclass(row, Section) else None

@@ -37,3 +37,9 @@ def type_name(annotation: Any) -> str:
     if get_origin(annotation) is dict:
         return "weights"
     return {"bool": "true|false"}.get(annotation.__name__, annotation.__name__)
+
+
+def row_class(annotation: Any) -> type[Section] | None:
+    """Class of the rows of an array of tables; None for any other type of a field."""
+    row = get_args(annotation)[0] if get_origin(annotation) is tuple else None
+    return row if isinstance(row, type) and issubclass(row, Section) else None

@@ -335,12 +335,12 @@ def test_the_selected_core_computes_every_kind(dtype: torch.dtype) -> None:
         assert (out.double() - exact).abs().max() < {torch.float64: 1e-12, torch.float32: 1e-5, BF16: 3e-2}[dtype]
 
 
-@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32], ids=str)
-def test_dropout_of_weights_is_as_exact_as_without(dtype: torch.dtype) -> None:
-    """Large scores: in the dtype of the heads their rounding alone would change the weights by a tenth."""
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+def test_scores_under_dropout_are_not_rounded(dtype: torch.dtype) -> None:
+    """Scores of about 100: in the dtype of the heads, their rounding alone would change the weights by a fifth."""
     draws, how = Draws(1, 2, torch.arange(2)), AttentionDropout(0.25, "layers.0.attention.weights", 4, 0)
     sequence = replace(sequence_of(STARTS), draws=draws, dropout=how)
-    q, k, v = (x.detach() * scale for x, scale in zip(heads(2, 4, 2, 7, 8, dtype), (8, 8, 1)))
+    q, k, v = (x.detach() + mean for x, mean in zip(heads(2, 4, 2, 7, 8, dtype), (6, 6, 0)))
     exact = CORES["sdpa"](*(x.double() for x in (q, k, v)), sequence)
     error = (CORES["sdpa"](q, k, v, sequence).double() - exact).abs().max() / exact.abs().max()
     assert error < 4 * torch.finfo(dtype).eps

@@ -72,7 +72,7 @@ class FileEntry(_Entry):
 
 
 class Ancestor(_Entry):
-    """A checkpoint that this run resumed from. name -> (old, new): differences that were allowed, other changes."""
+    """A checkpoint resumed from. allowed (by checkpoint.allow), changed (others): field -> (value in it, after it)."""
 
     checkpoint: str
     step: int
@@ -88,8 +88,8 @@ class Manifest(_Entry):
     """Metadata of a checkpoint; see the module docstring. data: identifies corpus and tokenizer.
 
     optimizer: "steps", the number of updates (less than `step` if fp16 skipped some), and in fp16 the loss-scale state.
-    lineage: ancestors of the run, oldest first. initial_values: the generator of the initial weights ("mt19937" is
-    torch's), "" if they were loaded. state_kinds: see `kinds`. block_bytes: see `tensorfile.rows_per_block`.
+    lineage: ancestors of the run, oldest first. initial_values: the generator of the initial weights, "" if loaded or
+    not recorded. state_kinds: see `kinds`. block_bytes: see `tensorfile.rows_per_block`.
     """
 
     schema_version: int = SCHEMA
@@ -103,7 +103,7 @@ class Manifest(_Entry):
     layout: dict[str, int]
     versions: dict[str, str]
     lineage: tuple[Ancestor, ...] = ()
-    initial_values: str = "mt19937"
+    initial_values: str = ""
     block_bytes: int = 0
     tensors: dict[str, dict[str, TensorEntry]]
     files: dict[str, FileEntry]

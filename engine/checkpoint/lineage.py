@@ -175,9 +175,13 @@ def _horizon_hint(manifest: Manifest, cfg: Config) -> str:
 
 
 def changes(manifest: Manifest, cfg: Config) -> Differences:
-    """Changed fields that may change but affect the results: name -> (value in the checkpoint, value now)."""
+    """Changed fields that may change but affect the results: name -> (value in the checkpoint, value now).
+
+    Without update rules and groups, which `differences` compares.
+    """
     old, now = (dict(_flat(config)) for config in _configs(manifest, cfg))
     reported = [*_REPORTED, *(name for name in old | now if name.partition(".")[0] in _REPORTED_SECTIONS)]
+    reported = [name for name in reported if not f"{name}.".startswith(tuple(f"{rule}." for rule in _RULES))]
     return {name: (old.get(name), now.get(name)) for name in reported if old.get(name) != now.get(name)}
 
 

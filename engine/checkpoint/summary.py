@@ -38,7 +38,8 @@ def summary(reader: Reader) -> Iterator[str]:
     yield f"optimizer state: {state}"
     yield f"written by {degrees}: {', '.join(f'{name} {v}' for name, v in m.versions.items())}"
     yield f"config {config_digest(m.config)}"
-    yield f"initial weights: {f'drawn by {m.initial_values}' if m.initial_values else 'loaded'}"
+    if m.initial_values:
+        yield f"initial weights: drawn by {m.initial_values}"
     yield from format_lineage(m.lineage) or ["no earlier checkpoint: the run started from initial weights"]
 
 

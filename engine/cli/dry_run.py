@@ -16,7 +16,7 @@ from engine.config.mixture import read_mixture
 from engine.config.phases import Phase
 from engine.config.schema import Config, fields
 from engine.config.tree import value_at
-from engine.distributed.layout import Coords
+from engine.distributed.layout import Coords, Place
 from engine.model.build import num_parameters, parameter_specs, stage_shapes
 from engine.optim.groups import ParameterGroup, group_of
 from engine.pipeline.simulate import peak_memory, simulate
@@ -61,7 +61,8 @@ def show(resolved: Resolved, console: Console, *, full: bool = False) -> None:
             console.print(f"{'  ' * (len(phases) > 1)}{label}: {value}", highlight=False)
     if uneven := uneven_pipeline(cfg, resolved.derived):
         console.print(f"note: {uneven}", highlight=False)
-    if resolved.sources["train.seq_len"] == "default" and cfg.model.max_seq_len > 8 * cfg.train.seq_len:
+    longest = derived.phases.longest(steps)
+    if resolved.sources["train.seq_len"] == "default" and cfg.model.max_seq_len > 8 * longest:
         text = f"train.seq_len is {cfg.train.seq_len} by default; model.max_seq_len is {cfg.model.max_seq_len}"
         console.print(f"note: {text}", highlight=False)
 
@@ -138,10 +139,12 @@ def _stages(resolved: Resolved) -> Table:
             layers = f"layers {shape.layers.start}..{shape.layers.stop - 1}" if shape.layers else "no layers"
             texts.append(("embedding, " if shape.first else "") + layers + (", head" if shape.last else ""))
         counts = [math.prod(spec.local_shape()) for spec in specs]
-        per_element = [bytes_per_parameter(cfg, layout.data, group_of(spec, cfg.optimizer)) for spec in specs]
+        place = Place(layout, first)
+        sizes = {name: place.axis(name).size for name in {spec.replicas for spec in specs}}
+        per_element = [bytes_per_parameter(cfg, sizes[s.replicas], group_of(s, cfg.optimizer)) for s in specs]
         size = sum(map(operator.mul, counts, per_element))
-        sizes = (f"{x / 2**30:,.3f} GiB" for x in (size, activations[rank]))
-        table.add_row(f"{first}..{last}", "; ".join(texts), f"{sum(counts):,}", *sizes)
+        memory = (f"{x / 2**30:,.3f} GiB" for x in (size, activations[rank]))
+        table.add_row(f"{first}..{last}", "; ".join(texts), f"{sum(counts):,}", *memory)
     return table
 
 

@@ -30,6 +30,7 @@ from engine.config.idle import idle
 from engine.config.mixture import read_mixture
 from engine.config.model_checks import ROPE_SCALES
 from engine.config.phase_checks import length_errors, weight_errors
+from engine.config.phases import phases_of
 from engine.config.presets import PRESETS
 from engine.config.schema import Config, ModelConfig, fields, tables
 from engine.config.tree import ConfigTree, given_rows, rows_of, unknown_setting, value_at
@@ -194,7 +195,7 @@ def _fill_in(config: Config, world: int, plan: Plan | None, sources: dict[str, s
             config = _with(config, section, name, value, sources)
     if parallel.layers == BALANCED:
         stages = config.parallel.pipeline * config.parallel.chunks
-        counts = balanced_layers(config.model, config.train.seq_len, stages)
+        counts = balanced_layers(config.model, phases_of(config).longest(config.train.steps), stages)
         config = _with(config, "parallel", "layers", ",".join(map(str, counts)), sources)
     return config
 

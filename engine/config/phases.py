@@ -122,6 +122,10 @@ class Phases:
         """The phases that the first `steps` steps reach."""
         return tuple(phase for phase in self.phases if phase.first_step <= steps)
 
+    def longest(self, steps: int) -> int:
+        """The most tokens per sequence in the first `steps` steps."""
+        return max(phase.seq_len for phase in self.until(steps))
+
 
 def phases_of(cfg: Config) -> Phases:
     """The phases of a config whose [[phase]] tables are in order."""

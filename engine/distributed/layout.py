@@ -15,10 +15,11 @@ AXES = ("pipeline", "data", "context", "tensor")  # slowest to fastest
 
 
 class AxisPlace(NamedTuple):
-    """Size of an axis, and the position of one rank in it."""
+    """An axis as seen from one rank: its size, the rank's position in it, and all its ranks."""
 
     size: int
     rank: int
+    ranks: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Place:
     def axis(self, name: str) -> AxisPlace:
         """The axis of that name, of the grid or derived (Layout.axes)."""
         ranks = self.layout.axes(self.index)[name]
-        return AxisPlace(len(ranks), ranks.index(self.index))
+        return AxisPlace(len(ranks), ranks.index(self.index), ranks)
 
 
 class Coords(NamedTuple):

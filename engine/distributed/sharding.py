@@ -114,12 +114,14 @@ def initialise_(params: Iterable[Parameter], ctx: ParallelContext, seed: int) ->
         for p in params:
             p.zero_()
             for piece in p.spec.pieces(ctx):
+                if 0 in piece.shape:  # only padding
+                    continue
                 local, std = piece_of(piece, p), p.spec.init_std
                 if std is None:
                     local.fill_(p.spec.init_value)
                     continue
                 key, width = Key.of(seed, "init", name=piece.name), piece.shape[-1]
                 places = rectangle(piece.global_shape, piece.offset, piece.shape, ctx.device)
-                rows = max(1, _SLAB // max(1, width))
+                rows = max(1, _SLAB // width)
                 for part, drawn in zip(local.view(-1, width).split(rows), places.split(rows)):
                     part.copy_(normal(key, drawn).mul_(std))

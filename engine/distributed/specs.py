@@ -25,13 +25,16 @@ from typing import Protocol
 
 
 class AxisView(Protocol):
-    """Size of an axis, and the position of one rank in it."""
+    """An axis as seen from one rank: its size, the rank's position in it, and all its ranks."""
 
     @property
     def size(self) -> int: ...
 
     @property
     def rank(self) -> int: ...
+
+    @property
+    def ranks(self) -> tuple[int, ...]: ...
 
 
 class Grid(Protocol):
@@ -92,8 +95,8 @@ class Piece:
     """The rectangle of one canonical tensor that one rank holds.
 
     offset, shape: in the canonical tensor. begin, end: the elements [begin, end) of the local parameter, row-major.
-    counted: True on exactly one of the ranks that hold these values within a replica of the model: the one that counts
-    them in norms and saves them.
+    counted: True on one group of replicas (ShardSpec.replicas) among all ranks that hold these values. Each rank of
+    that group counts the range that it owns in norms and saves it.
     """
 
     name: str
@@ -178,11 +181,18 @@ class ShardSpec:
             start += math.prod(local)
         return pieces
 
-    @staticmethod
-    def _counts(chunk: Chunk, grid: Grid) -> bool:
-        """Whether this rank is the first of those that hold the same part of the chunk."""
-        parts = {"tensor": 1} | {cut.axis: cut.parts for cut in chunk.cuts}
-        first = all(grid.axis(name).rank % (grid.axis(name).size // n) == 0 for name, n in parts.items())
+    def _counts(self, chunk: Chunk, grid: Grid) -> bool:
+        """Whether this rank's replicas have, along every axis, the first of the ranks that hold this part."""
+        parts, replicas = {cut.axis: cut.parts for cut in chunk.cuts}, grid.axis(self.replicas).ranks
+        cut = [grid.axis(name).ranks for name in parts]
+        for name in ("tensor", "data", "context"):
+            if not any(all(rank in ranks for rank in grid.axis(name).ranks) for ranks in cut):
+                parts[name] = 1
+        first = True
+        for name, n in parts.items():
+            axis = grid.axis(name)
+            same = axis.size // n  # ranks with the same part
+            first = first and axis.ranks[axis.rank // same * same] in replicas
         return first and ("tied_stages" not in chunk.sum_over or grid.axis("tied_stages").rank == 0)
 
 

@@ -1,4 +1,4 @@
-"""AdamW over flat buckets, gradient clipping, learning rate schedules, precision and fp16 loss scaling.
+"""Update rules and parameter groups over flat buckets, clipping, learning rate schedules, precision and loss scaling.
 
 Imports parallel, distributed, ops (kernels) and config. Never knows the model's classes or checkpoints.
 """

@@ -1,7 +1,7 @@
 """Global gradient norm and clipping, computed from ShardSpecs.
 
 One vector has a slot for the squared norm of each canonical tensor. Each value is counted on exactly one of the ranks
-that hold it (`Piece.counted`, and among data ranks the owner of its flat range). The vector is summed over all ranks,
+that hold it (`Piece.counted`, and among replicas the owner of its flat range). The vector is summed over all ranks,
 and its slots are added in canonical order. So replicas and tied weights count once, padding counts zero, and a
 non-finite gradient is reported with the name of its tensor. All sums are in float64, and the norm of float32 gradients
 is rounded to float32: the distribution over buckets and ranks affects only the last of the 29 bits that this drops.

@@ -55,7 +55,7 @@ def group_of(spec: ShardSpec, cfg: OptimizerConfig) -> ParameterGroup:
 
 
 def _matches(row: GroupConfig, name: str, role: Role) -> bool:
-    by_name = not row.names or any(fnmatchcase(name, pattern) for pattern in row.names.split())
+    by_name = not row.names.split() or any(fnmatchcase(name, pattern) for pattern in row.names.split())
     return by_name and row.role in ("", role.value)
 
 
@@ -70,7 +70,7 @@ def row_errors(cfg: OptimizerConfig) -> Iterator[FieldError]:
             yield FieldError("optim.unknown-rule", path, name, problem, f"Did you mean {near}?")
     for number, row in enumerate(cfg.groups, 1):
         at = f"optimizer.groups.{number}"
-        if not row.names and not row.role:
+        if not row.names.split() and not row.role:
             fix = 'Give names, for example "embed.weight", or role, for example vector; names "*" are all.'
             yield FieldError("optim.group-selects-nothing", at, "", "has neither names nor role", fix)
         given = {"lr_factor": row.lr_factor != 1, "weight_decay": row.weight_decay is not None, "rule": row.rule}

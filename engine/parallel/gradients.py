@@ -6,8 +6,8 @@ of later layers overlaps the forward of earlier ones. Invariants:
 * A bucket's `values` hold the parameters (each parameter is a view into it) and `grads` their main gradients, in the
   same order at the same offsets, so the optimizer works on flat tensors.
 * A bucket belongs to one unit of the model (a block, or what is before or after the blocks) and one axis of
-  replicas, the ranks that hold the same weights (ShardSpec.replicas). In it, parameters of one group (optimizer) are
-  adjacent. A frozen parameter is in no bucket.
+  replicas, the ranks that hold the same weights (ShardSpec.replicas). In each owner's range of it, parameters of one
+  group (optimizer) are adjacent. A frozen parameter is in no bucket.
 * Each replica *owns* a range of each bucket (`shares`): it counts this range in the gradient norm and writes it to
   checkpoints. Under ZeRO-1 (Rajbhandari et al. 2020) this is also the only range whose gradients it needs and whose
   weights it updates (`update_range`). The ranges are equal, and gradients are reduce-scattered; or, if an update rule

@@ -47,17 +47,20 @@ def balanced_layers(cfg: ModelConfig, seq_len: int, stages: int) -> list[int]:
 def uneven_pipeline(cfg: Config, derived: Derived) -> str:
     """A note for the user about an unbalanced pipeline: the load of the heaviest rank, and the layers that reduce it.
 
+    For the longest sequences of the run (Phases.longest).
     Empty if `--parallel.layers balanced` would gain less than 5%. cfg has to be resolved.
     """
-    balanced = balanced_layers(cfg.model, cfg.train.seq_len, derived.first_plan.num_stages)
-    now, best = (_heaviest(cfg, derived.first_plan, layers) for layers in (derived.layers, balanced))
+    seq_len = derived.phases.longest(cfg.train.steps)
+    balanced = balanced_layers(cfg.model, seq_len, derived.first_plan.num_stages)
+    now, best = (_heaviest(cfg, seq_len, derived.first_plan, layers) for layers in (derived.layers, balanced))
     if now < 1.05 * best:
         return ""
     better = f"--parallel.layers balanced ({','.join(map(str, balanced))}) makes it {best:.2f}"
-    return f"the heaviest pipeline rank computes {now:.2f} times the mean; {better}"
+    at = f" at {seq_len} tokens per sequence" if len(derived.phases.until(cfg.train.steps)) > 1 else ""
+    return f"the heaviest pipeline rank computes {now:.2f} times the mean{at}; {better}"
 
 
-def _heaviest(cfg: Config, plan: Plan, layers: Sequence[int]) -> float:
-    flops = stage_flops(cfg.model, cfg.train.seq_len, layers)
+def _heaviest(cfg: Config, seq_len: int, plan: Plan, layers: Sequence[int]) -> float:
+    flops = stage_flops(cfg.model, seq_len, layers)
     ranks = [sum(flops[stage] for stage in plan.stages_of(rank)) for rank in range(plan.num_ranks)]
     return max(ranks) * len(ranks) / sum(ranks)

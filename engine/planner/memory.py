@@ -18,18 +18,18 @@ from engine.pipeline.simulate import peak_memory
 _ATTENTION = {"bf16": "flash", "fp16": "flash", "fp32": "own", "fp64": "sdpa"}
 
 
-def bytes_per_parameter(cfg: Config, data: int, group: ParameterGroup) -> float:
+def bytes_per_parameter(cfg: Config, replicas: int, group: ParameterGroup) -> float:
     """Bytes per local parameter of a group for its weight, gradient and optimizer state.
 
     The weight is in train.precision, its gradient in the main dtype. The states of its update rule and, if the two
-    dtypes differ, the master weight are in the main dtype too; with parallel.zero they are sharded across the `data`
-    data-parallel ranks. A frozen parameter has only its weight.
+    dtypes differ, the master weight are in the main dtype too; with parallel.zero they are sharded across the
+    parameter's replicas (ShardSpec.replicas). A frozen parameter has only its weight.
     """
     compute, main = cfg.train.precision, MAIN_DTYPE[cfg.train.precision]
     if group.frozen:
         return DTYPE_BYTES[compute]
     state = DTYPE_BYTES[main] * (len(group.states) + (compute != main))
-    return DTYPE_BYTES[compute] + DTYPE_BYTES[main] + state / (data if cfg.parallel.zero else 1)
+    return DTYPE_BYTES[compute] + DTYPE_BYTES[main] + state / (replicas if cfg.parallel.zero else 1)
 
 
 def workload(cfg: Config, layout: Layout, phase: Phase) -> Workload:
@@ -68,10 +68,10 @@ def saved_bytes(cfg: Config, derived: Derived, phase: Phase) -> list[int]:
 
 
 def activation_bytes(cfg: Config, derived: Derived) -> list[float]:
-    """For each pipeline rank, the most bytes of saved activations alive at once in a step of any phase.
+    """For each pipeline rank, the most bytes of saved activations alive at once in any step of the run.
 
     Not counted: what a single op needs while it runs, such as a chunk of logits.
     """
-    phases = derived.phases.phases
+    phases = derived.phases.until(cfg.train.steps)
     peaks = (peak_memory(derived.plan_of(phase), saved_bytes(cfg, derived, phase)) for phase in phases)
     return [max(ranks) for ranks in zip(*peaks)]

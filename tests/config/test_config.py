@@ -35,6 +35,7 @@ from engine.errors import EXIT_CONFIG, EXIT_OK, ConfigError, FieldError
 from engine.model.build import num_parameters
 from engine.pipeline.schedules import build
 from engine.planner.flops import balanced_layers, flops_per_token, stage_flops
+from engine.planner.memory import activation_bytes
 from tests.support.errors import raises
 
 NAMED = re.compile(r"[\w.,/:-]*[\w]")
@@ -333,6 +334,13 @@ ERROR_CASES: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
         "parallel.reduce_dtype",
         "config.settings-contradict",
         "train.precision fp64",
+    ),
+    "attention dropout of a kernel": (
+        {"train.attention_dropout": 0.1, "train.attention": "own"},
+        1,
+        "train.attention",
+        "config.settings-contradict",
+        "train.attention_dropout",
     ),
     "fp8 of another precision": (
         {"train.fp8": "rowwise"},
@@ -819,6 +827,24 @@ def test_balanced_is_resolved_and_a_run_that_would_gain_says_so(capsys: pytest.C
     ):
         assert run_cli("train", "--dry-run", *words, *more) == EXIT_OK
         assert (note in " ".join(capsys.readouterr().out.split())) is output
+
+
+def test_stages_are_balanced_for_the_longest_sequences_of_the_run() -> None:
+    """Attention to 131,072 tokens makes blocks heavier than to 256, so the last stage gets more of them."""
+    sizes = {"model.preset": "llama-3-8b", "parallel.pipeline": "8", "train.global_batch_size": "16"}
+    sizes |= {"parallel.layers": "balanced", "model.max_seq_len": "131072"}
+    longer = {"phase.1.from_step": "50", "phase.1.seq_len": "131072"}
+
+    def split(words: dict[str, str]) -> str:
+        return load([], sizes | words, world=None).config.parallel.layers
+
+    short, long = split({"train.seq_len": "256"}), split({"train.seq_len": "131072"})
+    assert short != long
+    assert split(longer | {"train.seq_len": "256"}) == long
+    assert split(longer | {"train.seq_len": "256", "train.steps": "49"}) == short, "the run ends before"
+    resolved = [load([], sizes | {"train.steps": n} | longer, world=None) for n in ("49", "50")]
+    short_bytes, long_bytes = (activation_bytes(r.config, r.derived)[0] for r in resolved)
+    assert long_bytes > 100 * short_bytes
 
 
 def test_help_lists_every_field(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config.derived import derive
-from engine.config.schema import Config
+from engine.config.schema import Config, OptimizerConfig
 from engine.distributed.context import ParallelContext, make_context
 from engine.distributed.layout import Layout, Place
 from engine.distributed.sharding import Parameter, cut_piece, initialise_, new_parameter, parameters, piece_of
@@ -21,7 +21,11 @@ from engine.distributed.specs import Chunk, Cut, Role, ShardSpec
 from engine.model.build import stage_shapes, tensor_shapes
 from engine.model.layers import Build
 from engine.model.transformer import Transformer
+from engine.optim.clip import NormCounter
+from engine.optim.optimizer import Optimizer
+from engine.parallel.gradients import make_buckets
 from tests.support.cases import assemble, config, max_relative_error, pieces_of
+from tests.support.harness import run_ranks
 
 
 def contexts(layout: Layout, **options: Any) -> list[ParallelContext]:
@@ -114,6 +118,68 @@ def test_local_shapes(case: tuple[int, ShardSpec]) -> None:
         assert piece.begin == begin
         begin += math.prod(chunk.local_shape())
     assert begin == math.prod(spec.local_shape())
+
+
+# replicas of a chunk -> its cuts. The ranks that hold the same values either divide them or leave them to one group.
+REPLICAS: dict[str, list[tuple[Cut, ...]]] = {
+    "data_context": [(), (Cut(0, 2),), (Cut(1, 4),), (Cut(0, 4),)],
+    "world": [()],
+    "self_axis": [(), (Cut(0, 2),), (Cut(0, 4), Cut(1, 2, "data")), (Cut(0, 4, "data_context"),)],
+    "data": [(), (Cut(0, 4),)],
+    "tensor": [(), (Cut(0, 4, "data_context"),)],
+    "tensor/2": [(), (Cut(0, 2),), (Cut(0, 2), Cut(1, 2, "data"))],
+}
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("replicas, cuts", [(axis, cuts) for axis, all_cuts in REPLICAS.items() for cuts in all_cuts])
+def test_norm_and_checkpoint_count_every_value_once(replicas: str, cuts: tuple[Cut, ...], trainable: bool) -> None:
+    """Over all ranks, what norms count and what is saved tile the tensor, whichever axis its replicas are on."""
+    normed, saved = np.zeros((13, 8)), np.zeros((13, 8))
+    spec = ShardSpec((Chunk("x", (13, 8), cuts),), trainable=trainable, replicas=replicas)
+    cfg = OptimizerConfig()
+    for ctx in contexts(Layout(16, tensor=4, data=2, context=2)):
+        (piece,) = spec.pieces(ctx)
+        assert spec.pieces(ctx) == spec.pieces(Place(ctx.layout, ctx.rank))
+        p = new_parameter(spec, ctx)
+        options: dict[str, Any] = {"grad_dtype": torch.float64, "bucket_bytes": 1 << 20, "overlap": False}
+        stage = make_buckets([[p]], ctx, **options)
+        for shard in Optimizer([stage], cfg).states(owned=True):
+            found = piece.rectangles(shard.begin, shard.begin + len(shard.flat)) if shard.kind == "model" else []
+            for offset, shape, _ in found if piece.counted else []:
+                saved[tuple(slice(o, o + n) for o, n in zip(offset, shape))] += 1
+        for counted in NormCounter([stage], ctx, ["x"], torch.float64).counted:
+            for begin, end in counted.ranges:
+                for offset, shape, _ in piece.rectangles(begin, end):
+                    normed[tuple(slice(o, o + n) for o, n in zip(offset, shape))] += 1
+    assert (saved == 1).all()
+    assert (normed == trainable).all()
+
+
+def test_gradients_are_summed_over_the_replicas_of_their_spec() -> None:
+    """A weight on all of tensor 2 x data 2, to whose gradient rank r adds r + 1: the sum is 10."""
+    spec = ShardSpec((Chunk("x", (6,)),), replicas="world")
+
+    def job(ctx: ParallelContext) -> tuple[float, list[float]]:
+        p = new_parameter(spec, ctx)
+        stage = make_buckets([[p]], ctx, grad_dtype=torch.float64, bucket_bytes=1 << 20, overlap=False)
+        assert p.main_grad is not None
+        p.main_grad.fill_(ctx.rank + 1)
+        stage.reduce()
+        stage.wait()
+        return NormCounter([stage], ctx, ["x"], torch.float64)().norm, p.main_grad.tolist()
+
+    for norm, gradient in run_ranks(Layout(4, tensor=2, data=2), job):
+        assert gradient == [10.0] * 6 and abs(norm - 600**0.5) < 1e-12
+
+
+def test_a_part_that_is_only_padding_has_no_initial_values() -> None:
+    """3 elements on 4 ranks: the last rank holds one element of padding, which stays zero."""
+    spec = ShardSpec((Chunk("x", (3,), (Cut(0, 4),)),), init_std=0.5)
+    for ctx in contexts(Layout(4, tensor=4)):
+        p = new_parameter(spec, ctx)
+        initialise_([p], ctx, seed=1)
+        assert p.shape == (1,) and (p.item() != 0) == (ctx.rank < 3)
 
 
 def test_fused_kv_with_fewer_heads_than_ranks() -> None:

@@ -87,6 +87,7 @@ def test_the_first_row_that_matches_wins() -> None:
         (({"names": "*", "lr_factor": 2}, {"role": "vector", "frozen": "true"}), "group-has-no-effect", ("groups.2",)),
         (({"names": "*", "frozen": "true"},), "everything-frozen", ()),
         (({"lr_factor": 2},), "group-selects-nothing", ("groups.1",)),
+        (({"names": " ", "lr_factor": 2},), "group-selects-nothing", ("groups.1",)),
         (({"role": "vector"},), "group-changes-nothing", ("groups.1",)),
         (({"role": "vector", "frozen": "true", "lr_factor": 2},), "frozen-has-no-rate", ("lr_factor",)),
         (({"role": "vector", "rule": "adam"},), "unknown-rule", ("adamw",)),
@@ -223,6 +224,9 @@ def resumed(tmp_path: Path, cfg: Config, step: int = 2) -> Any:
         state = setup(cfg, ctx)
         resume(state, step_dir(tmp_path, step), METADATA)
         loss = train_step(state, random_batches(cfg, ctx, state.step)).loss
+        assert not {
+            name for name in state.lineage[-1].changed if name.startswith(("optimizer.groups", "optimizer.rule"))
+        }
         return loss, snapshot(state), state.lineage[-1].allowed
 
     ranks = run_ranks(layout_of(cfg), job)

@@ -32,6 +32,14 @@ MUTATIONS = [
         norms("gqa-(2, 1, 1)"),
     ),
     Mutation(
+        "only_the_first_tensor_rank_counts",
+        "tensor ranks that divide the work on a weight each own a part of it; only the first rank's part is counted",
+        "engine.distributed.specs:ShardSpec._counts",
+        "axis.ranks[axis.rank // same * same] in replicas",
+        '(axis.ranks[axis.rank // same * same] in replicas if name != "tensor" else axis.rank % same == 0)',
+        ("test_norm_and_checkpoint_count_every_value_once[world-cuts4-True]",),
+    ),
+    Mutation(
         "sequence_gradient_not_gathered",
         "the backward of the reduce-scatter repeats the local part instead of all-gathering (Megatron#7452)",
         "engine.distributed.collectives:_ReducePartialSums.backward",

@@ -25,6 +25,14 @@ MUTATIONS = [
         small("replicated"),
     ),
     Mutation(
+        "sum_forgotten_over_replicas",
+        "gradients are summed over the data ranks although the spec names other replicas",
+        "engine.parallel.gradients:make_buckets",
+        "ctx.axis(replicas)",
+        "ctx.data_context",
+        ("test_gradients_are_summed_over_the_replicas_of_their_spec",),
+    ),
+    Mutation(
         "gradient_averaged_over_data_ranks",
         "gradients are divided by the data degree although the loss is already global (Megatron#673, #906)",
         "engine.parallel.gradients:Bucket.start_reduction",

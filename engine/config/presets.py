@@ -122,7 +122,7 @@ PRESETS: dict[str, dict[str, int | float | bool | str]] = {
         "qk_norm_span": "projection",
         "max_seq_len": 4096,
     },
-    "phi-3-mini": {  # 4k; its sliding window of 2047 is not built: max_seq_len is where it has no effect
+    "phi-3-mini": {  # 4k
         "vocab_size": 32064,
         "hidden_size": 3072,
         "num_layers": 32,
@@ -130,7 +130,8 @@ PRESETS: dict[str, dict[str, int | float | bool | str]] = {
         "num_kv_heads": 32,
         "ffn_size": 8192,
         "norm_eps": 1e-5,
-        "max_seq_len": 2047,
+        "window": 2047,
+        "max_seq_len": 4096,
     },
     "gpt2": {
         "vocab_size": 50257,

@@ -1,9 +1,9 @@
 """Attention with grouped queries, document masking and sliding windows: which implementation (core) a layer uses.
 
 A core is chosen once, when a layer is built, by a pure function (`select_implementation`) of the device, the dtype,
-head_dim, document masking, causality, the layer's window, and the packages that can be imported: the same in every
-step, and after a restart on the same machine. The cores are in ops.attention_cores; a `Sequence` says what attends to
-what.
+head_dim, document masking, causality, the layer's window, dropout of attention weights, and the packages that can be
+imported: the same in every step, and after a restart on the same machine. The cores are in ops.attention_cores, with
+what each can do; a `Sequence` says what attends to what.
 
     own           the custom CPU kernel, csrc/kernels/cpu/attention_tiles.h; allocates nothing of size s x s
     cudnn         torch's SDPA with cuDNN's kernel, then flash: the fastest of torch's on Hopper

@@ -64,6 +64,16 @@ def fix_of(word: str) -> str:
         ("--train.precison", "train.precision"),
         ("--trian.steps", "train.steps"),
         ("--window-size", "model.window"),
+        ("--hidden-dropout", "train.dropout"),
+        ("--attention-dropout", "train.attention_dropout"),
+        ("--dropout", "train.dropout"),
+        ("--model.dropout", "train.dropout"),
+        ("--model.attn_pdrop", "train.attention_dropout"),
+        ("--z-loss", "train.z_loss"),
+        ("--z_loss_multiplier", "train.z_loss"),
+        ("--decoupled-lr", "optimizer.groups.N.lr_factor"),
+        ("--freeze-layers", "optimizer.groups.N.frozen"),
+        ("--rampup-batch-size", "phase.N.global_batch_size"),
         ("--yaml-cfg", "--config"),
     ],
 )
@@ -74,7 +84,7 @@ def test_names_of_others_and_misspellings_find_ours(option: str, ours: str) -> N
 @pytest.mark.parametrize(
     "option",
     [
-        *("--hidden-dropout", "--attention-dropout", "--model.dropout", "--mtp-num-layers"),
+        *("--mtp-num-layers", "--kv-lora-rank", "--use-megatron-fsdp"),
         *("--wandb-project", "--report_to", "--optimizer", "--lora_rank", "--fsdp"),
         *("--exit-duration-in-mins", "--profile", "--float8.filter_fqns", "--nproc_per_node"),
     ],
@@ -147,7 +157,9 @@ def test_the_configurations_line_by_line_load_and_agree_with_the_table(
 
 def test_keys_of_files_get_the_same_answer(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
-    file.write_text("lr = 3e-4\n[training]\nseq_len = 4096\n[train]\nepochs = 3\ndropout = 0.1\nxyzzy = 1\n")
+    file.write_text(
+        "lr = 3e-4\n[training]\nseq_len = 4096\n[train]\nepochs = 3\nwandb = true\nhidden_dropout = 0.1\nxyzzy = 1\n"
+    )
     with pytest.raises(ConfigError) as caught:
         load([file], {})
     assert [fault.fix for fault in caught.value.errors] == [
@@ -155,10 +167,11 @@ def test_keys_of_files_get_the_same_answer(tmp_path: Path) -> None:
         "Did you mean train.seq_len?",
         "Did you mean train.steps?",
         "It has no counterpart here; see docs/coming_from.md.",
+        "Did you mean train.dropout?",
         "`engine train --help` lists all settings.",
     ]
     assert "of torchtitan" in caught.value.errors[1].problem
-    assert caught.value.errors[3].problem.endswith("there is no dropout; omit the option if it is 0")
+    assert caught.value.errors[3].problem.endswith("not supported; use metrics.jsonl or TensorBoard")
 
 
 @pytest.mark.parametrize(

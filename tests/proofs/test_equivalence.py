@@ -478,8 +478,8 @@ def write_table(path: Path) -> None:
         "```",
         "",
         "The cases below cover every pair of values of degree, schedule, sequence parallelism, ZeRO-1, recomputation,",
-        "micro-batch size, sliding window, phases, z-loss, model and parameter groups, each compared with one process",
-        "in float64. This command measures them, and takes too long for a test of this page:",
+        "micro-batch size, sliding window, phases (ramp), dropout, z-loss, model and parameter groups, each compared",
+        "with one process in float64. This command measures them, and takes too long for a test of this page:",
         "",
         "    python -m tests.proofs.test_equivalence docs/equivalence.md",
         "",
@@ -499,7 +499,8 @@ def write_table(path: Path) -> None:
         options = [name for name, of in RELEVANT_DEGREE.items() if case[name] and case[of] > 1]
         options += [f"recompute {case['recompute']}"] * (case["recompute"] != "none")
         options += ["window"] * (case["window"] > 0) + [f"groups {case['groups']}"] * (case["groups"] != "none")
-        options += ["ramp"] * (case["phases"] == "ramp") + ["z-loss"] * (case["z_loss"] > 0)
+        options += ["ramp"] * (case["phases"] == "ramp") + ["dropout"] * (case["dropout"] > 0)
+        options += ["z-loss"] * (case["z_loss"] > 0)
         texts = [degrees, case["schedule"], ", ".join([*options, f"micro-batch {case['micro_batch_size']}"])]
         lines.append(_row([*texts, case["model"]], found))
         print(f"{number + 1}/{len(CASES)} {lines[-1]}", flush=True)

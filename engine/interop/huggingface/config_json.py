@@ -88,13 +88,17 @@ def read_config(path: Path, max_seq_len: int | None = None, ignore: Sequence[str
     errors = [replace(e, path=f"{path}: {e.path}", value=raw.get(e.path), fix=_fix(e.path, family)) for e in wrong]
     if errors := errors + window_errors:
         raise ConfigError(errors)
-    notes += [f"{key} {raw[key]}: the engine trains without dropout" for key in family.dropouts if raw.get(key)]
+    notes += [f"{key} {raw[key]}: not taken over; set {_our_dropout(key)}" for key in family.dropouts if raw.get(key)]
     if "auto_map" in raw:
         notes.append("auto_map: ignored, no code of the folder is run")
     if unread := [truncate(key, 60) for key in raw if key not in known_keys(family) and not _is_unsupported(raw, key)]:
         more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
         notes.append(f"{family.architecture} does not read {', '.join(unread[:5])}{more}: kept for exports")
     return ParsedConfig(family, fields, tuple(notes), extras(raw, family))
+
+
+def _our_dropout(key: str) -> str:
+    return "train.attention_dropout" if key.startswith("att") else "train.dropout"
 
 
 def _family(raw: dict[str, Any], path: Path) -> Family:

@@ -194,7 +194,7 @@ def test_companion_files_are_exported(tmp_path: Path) -> None:
     Tokenizer.train(iter(["text to learn from"]), 300).save(tmp_path / "hf")
     (tmp_path / "hf/chat_template.jinja").write_text("{{ messages }}")
     folder, notes = import_folder(tmp_path / "hf", tmp_path / "run")
-    assert any("attn_pdrop 0.1: the engine trains without dropout" in note for note in notes)
+    assert any("attn_pdrop 0.1: not taken over; set train.attention_dropout" in note for note in notes)
     export(folder, tmp_path / "back", dtype=None, tokenizer=tmp_path / "run/tokenizer", eod=0)
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         same_bytes(tmp_path / "back" / name, tmp_path / "hf" / name)

@@ -67,7 +67,8 @@ class FieldError:
 
     def __str__(self) -> str:
         problem = truncate(self.problem, 1000)
-        return f"{truncate(self.path)} = {format_value(self.value)}: {problem}. {self.fix} [{self.code}]"
+        value = "" if self.value is None else f" = {format_value(self.value)}"  # None: not given
+        return f"{truncate(self.path)}{value}: {problem}. {self.fix} [{self.code}]"
 
 
 class ConfigError(EngineError):

@@ -139,10 +139,15 @@ def missing_states(manifest: Manifest, cfg: Config, specs: Sequence[ShardSpec]) 
 
 
 def _past_phases(manifest: Manifest, cfg: Config) -> Differences:
-    """Phases of the steps done, by first step; without their weights, which the data metadata has."""
+    """Phases of the steps done, by first step, with the values that must not change: weights are in the data metadata.
+
+    micro_batch_size only changes rounding, and another layout may need another one.
+    """
     then, now = (
         {
-            row["from_step"]: {k: v for k, v in row.items() if v is not None and k not in ("from_step", "weights")}
+            row["from_step"]: {
+                k: v for k, v in row.items() if v is not None and k not in ("from_step", "micro_batch_size", "weights")
+            }
             for row in config["phase"]
             if row["from_step"] <= manifest.step
         }

@@ -79,7 +79,8 @@ def _step_lines(resolved: Resolved, phase: Phase) -> Iterator[tuple[str, str]]:
     yield "micro-batches per step and rank", f"{plan.microbatches} of {phase.micro_batch_size} sequences"
     bubble = f"bubble {simulate(plan).bubble:.1%} if F, I and W take the same time on all stages"
     yield "pipeline", f"{plan.name}, {bubble}"
-    kept = f"at most those of {max(peak_memory(plan)):g} micro-batches of a stage"
+    most = max(peak_memory(plan))
+    kept = f"at most those of {most:g} micro-batch{'' if most == 1 else 'es'} of a stage"
     yield "activations in memory on a rank", kept
     yield "model FLOPs", f"{flops / 1e9:,.2f} GFLOP per token, {flops * tokens / 1e12:,.2f} TFLOP per step"
 

@@ -26,7 +26,7 @@ class ImportOptions:
     output: tyro.conf.Positional[Path]
     """new run folder"""
     max_seq_len: int = 0
-    """longest sequence of the new model in tokens; up to its sliding window a model needs none; 0: as in the folder"""
+    """longest sequence of the new model; one that fits in its sliding window needs no window; 0: as in the folder"""
     shard_mib: float = 4096.0
     """maximum size of a file in MiB; also the memory that the import needs"""
     vocab_size: int = 0

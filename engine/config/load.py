@@ -28,9 +28,8 @@ from engine.config.derived import (
 )
 from engine.config.idle import idle
 from engine.config.mixture import read_mixture
-from engine.config.model_checks import ROPE_SCALES
 from engine.config.phase_checks import length_errors, weight_errors
-from engine.config.phases import phases_of
+from engine.config.phases import original_seq_len, phases_of
 from engine.config.presets import PRESETS
 from engine.config.schema import Config, ModelConfig, fields, tables
 from engine.config.tree import ConfigTree, given_rows, rows_of, unknown_setting, value_at
@@ -184,8 +183,7 @@ def _fill_in(config: Config, world: int, plan: Plan | None, sources: dict[str, s
     model, parallel = config.model, config.parallel
     derived = {
         **{("model", name): value for name, value in head_shape(model.model_dump()).items()},
-        ("model", "rope_original_seq_len"): model.rope_original_seq_len
-        or (model.max_seq_len if model.rope_scaling in ROPE_SCALES["rope_original_seq_len"] else 0),
+        ("model", "rope_original_seq_len"): original_seq_len(model.model_dump()),
         ("parallel", "data"): data_degree(parallel, world),
         ("parallel", "chunks"): chunks_of(parallel, plan),
     }

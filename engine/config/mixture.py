@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -28,6 +28,7 @@ from engine.errors import ConfigError, FieldError
 KINDS = ("weight", "tokens", "epochs")
 PATH = "data.train"
 _NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?|\.[0-9]+([eE][+-]?[0-9]+)?")
+LEAST_SHARE = Fraction(1, 2**21)  # of a source, so that two of its samples fit in a block of a blend
 _LARGEST = Fraction(10) ** 18
 
 
@@ -50,6 +51,16 @@ class Mixture:
             Fraction(repr(weights[name])) if name in weights else amount
             for name, amount in zip(self.names, self.amounts)
         )
+
+
+def too_small(mixture: Mixture, shares: Sequence[Fraction], path: str = PATH) -> Iterator[FieldError]:
+    """Errors of sources whose share of the samples is above 0 but below LEAST_SHARE. path: what gives the shares."""
+    total = sum(shares, Fraction(0))
+    for name, share in zip(mixture.names, shares):
+        if 0 < share < total * LEAST_SHARE:
+            problem = f"has a share of {float(share / total):.1e}, less than one sample in 2^21"
+            fix = "Give it more, or merge it with another source."
+            yield FieldError("samples.blend-weights", path, name, problem, fix)
 
 
 def read_mixture(text: str) -> Mixture:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from engine.config.derived import with_heads
+from engine.config.phases import ROPE_SCALES
 from engine.config.schema import Config, ModelConfig
 from engine.errors import FieldError
 from engine.model.build import MODELS
@@ -88,17 +89,6 @@ def _tensor_errors(m: ModelConfig, t: int) -> Iterator[FieldError]:
             f"does not divide model.ffn_size = {m.ffn_size}",
             f"Use model.ffn_size {multiples_near(m.ffn_size, t)}, or tensor {_nearest_tensor(m, t)}.",
         )
-
-
-ROPE_SCALES = {  # field -> values of rope_scaling that use it
-    "rope_factor": ("linear", "llama3", "yarn"),
-    "rope_original_seq_len": ("llama3", "yarn"),
-    "rope_low_freq_factor": ("llama3",),
-    "rope_high_freq_factor": ("llama3",),
-    "rope_beta_fast": ("yarn",),
-    "rope_beta_slow": ("yarn",),
-    "rope_attention_factor": ("yarn",),
-}
 
 
 def position_errors(m: ModelConfig) -> Iterator[FieldError]:

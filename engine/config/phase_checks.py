@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from engine.config.derived import data_degree, with_heads
-from engine.config.mixture import Mixture
+from engine.config.mixture import Mixture, too_small
 from engine.config.model_checks import fp8_errors, multiples_near, position_errors, seq_len_errors
-from engine.config.phases import ROPE, Phases, model_of, phases_of
-from engine.config.schema import Config
+from engine.config.phases import ROPE, ROPE_SCALES, Phase, Phases, model_of, phases_of
+from engine.config.schema import Config, ModelConfig
 from engine.errors import FieldError
 from engine.pipeline.actions import Plan
 
@@ -47,21 +47,27 @@ def _order_errors(cfg: Config) -> Iterator[FieldError]:
 
 
 def _batch_errors(phases: Phases, data: int, plan: Plan | None) -> Iterator[FieldError]:
-    """Errors of batch sizes that the data ranks, or the plan of a file, cannot split."""
+    """Errors of batch sizes that the data ranks, or the plan of a file, cannot split.
+
+    The first phase is checked, and each that changes a size; an error is at the row of the config that does so.
+    """
+    before, tables = None, dict.fromkeys(_SIZES, "train")  # tables: the row that gives each size
     for phase in phases.phases:
-        table = f"phase.{phase.number}" if phase.number else "train"
-        sized = [name for name in _SIZES if name in phase.given or not phase.number]
-        if not sized:
+        given = [name for name in _SIZES if name in phase.given]
+        tables |= dict.fromkeys(given, f"phase.{phase.number}")
+        sizes = [getattr(phase, name) for name in _SIZES]
+        if sizes == before:
             continue
-        path, value, slice_ = f"{table}.{sized[0]}", getattr(phase, sized[0]), data * phase.micro_batch_size
+        name, slice_, first = (given or _SIZES)[0], data * phase.micro_batch_size, before is None
+        path, value, before = f"{tables[name]}.{name}", getattr(phase, name), sizes
         if phase.global_batch_size % slice_:
-            near = multiples_near(phase.global_batch_size, slice_)
-            problem = f"is not a multiple of data {data} x {table}.micro_batch_size {phase.micro_batch_size}"
-            if sized[0] != _SIZES[0]:
+            near, of_micro = multiples_near(phase.global_batch_size, slice_), f"{tables[_SIZES[1]]}.{_SIZES[1]}"
+            problem = f"is not a multiple of data {data} x {of_micro} {phase.micro_batch_size}"
+            if name != _SIZES[0]:
                 problem = f"x data {data} = {slice_} does not divide the global batch of {phase.global_batch_size}"
-            fix = f"Use {near}." if sized[0] == _SIZES[0] else f"Use {table}.{_SIZES[0]} {near}."
+            fix = f"Use {near}." if name == _SIZES[0] else f"Use {tables[name]}.{_SIZES[0]} {near}."
             yield FieldError("config.batch-not-a-multiple", path, value, problem, fix)
-        elif plan is not None and phase.number and phase.microbatches(data) != plan.microbatches:
+        elif plan is not None and not first and phase.microbatches(data) != plan.microbatches:
             problem = f"needs {phase.microbatches(data)} micro-batches; the plan file always has {plan.microbatches}"
             fix = "Keep global_batch_size / micro_batch_size, or name a schedule, which is built for each phase."
             yield FieldError("config.plan-does-not-fit", path, value, problem, fix)
@@ -81,22 +87,49 @@ def _shape_errors(cfg: Config, phases: Phases) -> Iterator[FieldError]:
 
 
 def _rope_errors(cfg: Config, phases: Phases) -> Iterator[FieldError]:
-    """Errors of the RoPE settings of phases; those that the model has anyway are reported for the model."""
+    """Errors of the RoPE settings of phases; those that the model, or a phase before, has anyway are not repeated."""
     known = list(position_errors(with_heads(cfg.model)))
+    owners = dict.fromkeys(ROPE, "the model")
+    before = None
     for phase in phases.phases:
-        given = [name for name in ROPE if name in phase.given]
+        given, row = [name for name in ROPE if name in phase.given], f"phase.{phase.number}"
+        owners |= dict.fromkeys(given, f"phase {phase.number}")
         if given and cfg.model.positions != "rope":
-            problem, path = (
-                "is for rotary positions, but model.positions is learned",
-                f"phase.{phase.number}.{given[0]}",
-            )
+            problem, path = "is for rotary positions, but model.positions is learned", f"{row}.{given[0]}"
             yield FieldError("config.without-effect", path, phase.rope[given[0]], problem, "Leave it out.")
         elif given:
-            for error in position_errors(with_heads(model_of(cfg.model, phase))):
-                name = error.path.removeprefix("model.")
+            if before is not None and _lacks_context(cfg, before, phase):
+                problem = f"is not given, but {row} lengthens the sequences and scales RoPE from this length"
+                fix = f"Give the length so far, such as {before.seq_len}."
+                yield FieldError("config.setting-missing", f"{row}.rope_original_seq_len", None, problem, fix)
+            found = list(position_errors(with_heads(model_of(cfg.model, phase))))
+            for error in found:
                 if error not in known:
-                    name = name if name in given else given[0]
-                    yield replace(error, path=f"phase.{phase.number}.{name}", value=phase.rope[name])
+                    yield from _of_phase(error, phase, given, owners)
+            known += found
+        before = phase
+
+
+def _lacks_context(cfg: Config, before: Phase, phase: Phase) -> bool:
+    """Whether a phase sets a scaling of a context whose length nothing says, and longer sequences."""
+    scalings = ROPE_SCALES["rope_original_seq_len"]
+    unknown = cfg.model.rope_scaling not in scalings and "rope_original_seq_len" not in phase.rope
+    sets = "rope_scaling" in phase.given and phase.rope["rope_scaling"] in scalings
+    return unknown and sets and phase.seq_len > before.seq_len
+
+
+def _of_phase(error: FieldError, phase: Phase, given: Sequence[str], owners: Mapping[str, str]) -> Iterator[FieldError]:
+    """An error of the model in a phase, for a value that the phase gives. owners: of each RoPE setting, as text."""
+    name, row, problem = error.path.removeprefix("model."), f"phase.{phase.number}", error.problem.replace("model.", "")
+    if name in given:
+        yield replace(error, path=f"{row}.{name}", value=phase.rope[name], problem=problem)
+        return
+    if name == "rope_original_seq_len":  # nothing reads it, and no value of a phase takes it back
+        return
+    changed = "rope_scaling" if "rope_scaling" in given else given[0]
+    fix = f"Give {row}.{name} = {ModelConfig.model_fields[name].default:g}."
+    problem = f"does not fit {name} {error.value} of {owners[name]}, which {problem}"
+    yield replace(error, path=f"{row}.{changed}", value=phase.rope[changed], problem=problem, fix=fix)
 
 
 def length_errors(cfg: Config, mixture: Mixture | None) -> Iterator[FieldError]:
@@ -135,3 +168,5 @@ def weight_errors(cfg: Config, mixture: Mixture | None) -> Iterator[FieldError]:
         elif not any(mixture.with_weights(weights)):
             problem = "leaves no source with a weight above 0"
             yield FieldError("config.mixture-empty", path, row.weights, problem, "Give one a weight above 0.")
+        else:
+            yield from too_small(mixture, mixture.with_weights(weights), path)

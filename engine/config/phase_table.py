@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from engine.config.section import Section
 
+_NOT_WEIGHTS = "is not weights and names in turn, each name once, such as 0.2 web 0.8 code"
 _Weight = Annotated[float, Field(ge=0, le=1e18, strict=True)]
 
 
@@ -56,8 +57,8 @@ class PhaseConfig(Section):
             return value
         words = value.split()
         if not words or len(words) % 2 or len(set(words[1::2])) != len(words[1::2]):
-            raise PydanticCustomError("weights", "is not a list of weights and different names in turn")
+            raise PydanticCustomError("weights", _NOT_WEIGHTS)
         try:
             return {name: float(weight) for weight, name in zip(words[::2], words[1::2])}
         except ValueError:
-            raise PydanticCustomError("weights", "is not a list of weights and different names in turn") from None
+            raise PydanticCustomError("weights", _NOT_WEIGHTS) from None

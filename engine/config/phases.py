@@ -17,7 +17,16 @@ from engine.config.schema import Config, ModelConfig
 
 ROPE = tuple(name for name in PhaseConfig.model_fields if name.startswith("rope_"))  # fields of the model
 CHANGES_LOSS = frozenset({"weights", "seq_len", *ROPE})  # values after whose change a loss may jump
-_SCALINGS_OF_CONTEXT = ("llama3", "yarn")  # scalings of a context of rope_original_seq_len tokens
+ROPE_SCALES = {  # field -> values of rope_scaling that use it
+    "rope_factor": ("linear", "llama3", "yarn"),
+    "rope_original_seq_len": ("llama3", "yarn"),
+    "rope_low_freq_factor": ("llama3",),
+    "rope_high_freq_factor": ("llama3",),
+    "rope_beta_fast": ("yarn",),
+    "rope_beta_slow": ("yarn",),
+    "rope_attention_factor": ("yarn",),
+}
+_SIZES = ("global_batch_size", "micro_batch_size", "seq_len")
 
 
 @dataclass(frozen=True)
@@ -148,12 +157,23 @@ def model_of(model: ModelConfig, phase: Phase) -> ModelConfig:
 
 def saved_model(config: Mapping[str, Any], step: int) -> dict[str, Any]:
     """The model fields of a config as stored in a checkpoint of this step, in the phase of the step."""
-    phases = phases_of(Config.model_validate({"phase": config.get("phase") or []}))
-    return _with_rope(config["model"], phases.at(step))
+    return _with_rope(config["model"], saved_phase(config, step))
+
+
+def saved_phase(config: Mapping[str, Any], step: int) -> Phase:
+    """What held in the last step of a checkpoint of this step. config: as stored in it, of this or an older engine."""
+    sizes = {name: size for name, size in config.get("train", {}).items() if name in _SIZES}
+    return phases_of(Config.model_validate({"train": sizes, "phase": config.get("phase") or []})).at(step)
 
 
 def _with_rope(fields: Mapping[str, Any], phase: Phase) -> dict[str, Any]:
     found = {**fields, **phase.rope}
-    if phase.rope and found["rope_scaling"] in _SCALINGS_OF_CONTEXT and not found["rope_original_seq_len"]:
-        found["rope_original_seq_len"] = found["max_seq_len"]
+    if phase.rope:
+        found["rope_original_seq_len"] = original_seq_len(found)
     return found
+
+
+def original_seq_len(model: Mapping[str, Any]) -> int:
+    """rope_original_seq_len of the fields of a model: as given, else max_seq_len for a scaling that uses it."""
+    of_context = model["rope_scaling"] in ROPE_SCALES["rope_original_seq_len"]
+    return int(model["rope_original_seq_len"] or (model["max_seq_len"] if of_context else 0))

@@ -216,7 +216,7 @@ class TrainConfig(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     """probability of a zero in embeddings, MLP activations, attention and MLP outputs; masks do not depend on layout"""
     attention_dropout: float = Field(0.0, ge=0, lt=1)
-    """probability of a zero among the attention weights; of the implementations only train.attention sdpa can"""
+    """probability of a zero among the attention weights; only the train.attention sdpa supports it"""
     recompute: Literal["none", "selective", "full"] = "none"
     """activations that the backward recomputes instead of saving, to save memory; selective: norms, SwiGLU product,
     attention core; full: all of a block"""
@@ -232,7 +232,7 @@ class TrainConfig(Section):
     """torch.compile the functions between matmuls, attention and collectives, instead of the custom kernels"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA if every local rank can have its own GPU, else CPU; the choice is printed"""
-    z_loss: float = Field(0.0, ge=0, allow_inf_nan=False)
+    z_loss: float = Field(0.0, ge=0)
     """adds this times the mean of (log Z)^2 to the objective, Z the sum of exp(logits); PaLM: 1e-4; 0: no z-loss"""
     skip_steps: str = ""
     """optimizer steps to skip, as after a loss spike, such as "120 130-132": batches are consumed without an update"""

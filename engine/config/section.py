@@ -33,7 +33,7 @@ def type_name(annotation: Any) -> str:
     """Name of a field's type in help and error texts: `int`, or `a|b|c` for a choice."""
     annotation = value_type(annotation)
     if get_origin(annotation) is Literal:
-        return "|".join(map(str, get_args(annotation)))
+        return "|".join(str(choice) or '""' for choice in get_args(annotation))
     if get_origin(annotation) is dict:
         return "weights"
     return {"bool": "true|false"}.get(annotation.__name__, annotation.__name__)

@@ -28,7 +28,7 @@ class Progress:
         self.cfg, self.ctx, self.phases = cfg, ctx, phases
         self.console = Console(highlight=False, quiet=ctx.rank != 0, soft_wrap=True)
         self.bar: Bar | None = None
-        self.first_step = self.shown_step = 0
+        self.first_step = 0
         self.began = self.shown_at = time.perf_counter()
 
     def start(self, phases: Phases, source: str, parameters: int) -> None:
@@ -50,7 +50,7 @@ class Progress:
             self.note(f"kernels: {running}, attention: {self._attention()}{self._extra_kernels()}")
             if ctx.world.size > 1:
                 self.note(f"ranks communicate over {ctx.describe_transports()}")
-        self.first_step = self.shown_step = step
+        self.first_step = step
 
     def _extra_kernels(self) -> str:
         """Compute backends other than the custom kernels and torch's operators, as text to append."""
@@ -109,7 +109,7 @@ class Progress:
             self.console.print(
                 f"{clock} step {step}/{self.cfg.train.steps}  {text}  {self._more(record)}", markup=False
             )
-            self.shown_step, self.shown_at = step, now
+            self.shown_at = now
 
     def _more(self, record: dict[str, float]) -> str:
         speed = f"MFU {record['mfu']:.1%}" if "mfu" in record else f"{record['gflops_per_rank']:,.1f} GFLOP/s/rank"

@@ -3,10 +3,12 @@
 A value is a spike if it exceeds the median of the last WINDOW normal values by more than 10 times their spread (1.4826
 times the median absolute deviation) and by more than a tenth of the median (loss) or nine times the median (norm). With
 fewer than FEW values, it must exceed the median by half of it plus 0.5 (norm: nine times it plus 10). Spikes are not
-added to the normal values, so a loss that stays high stays a spike. Where a phase changes the data (the weights of a
-blend), the normal values start again. A spike is over after CALM steps in a row without
-one. Until then RUN/spike.json records it, and `checkpoint.keep` does not delete the last checkpoint before it, also
-over restarts. After a restart the normal values are read from metrics.jsonl. Runs on one rank only.
+added to the normal values, so a loss that stays high stays a spike. Where a phase changes what the loss measures
+(weights of a blend, sequence length or RoPE settings), the normal values start again.
+
+A spike is over after CALM steps in a row without one. Until then RUN/spike.json records it, and `checkpoint.keep` does
+not delete the last checkpoint before it, also over restarts. After a restart the normal values are read from
+metrics.jsonl. Runs on one rank only.
 """
 
 from __future__ import annotations
@@ -33,24 +35,22 @@ class SpikeWatch:
     def __init__(self, run_dir: Path, step: int, phases: Phases):
         self._file, self._phases = run_dir / SPIKE_FILE, phases
         self.since, self._calm = 0, 0
+        self._begin = self._comparable_from(step)  # first step of the normal values
         with suppress(OSError, ValueError, TypeError, KeyError):
             self.since = int(read_json(self._file)["step"])
         self._normal: dict[str, deque[float]] = {name: deque(maxlen=WINDOW) for name in ("loss", "grad_norm")}
         with suppress(OSError, ValueError, TypeError, KeyError):
             records, _, _ = read_metrics(run_dir)
             for at in sorted(records):
-                if (
-                    self._comparable_from(step) <= at <= step
-                    and (not self.since or at < self.since)
-                    and not records[at].get("spike")
-                ):
+                if self._begin <= at <= step and (not self.since or at < self.since) and not records[at].get("spike"):
                     for name, values in self._normal.items():
                         if (value := records[at][name]) is not None:
                             values.append(value)
 
     def observe(self, step: int, loss: float, norm: float, samples: str) -> tuple[bool, str]:
         """(whether the step is a spike, message or ""). samples: of the step, as text."""
-        if self._comparable_from(step) == step:
+        if (begin := self._comparable_from(step)) != self._begin:  # its own first step may be skipped
+            self._begin = begin
             for values in self._normal.values():
                 values.clear()
         high = [

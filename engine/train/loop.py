@@ -172,7 +172,8 @@ def _announce(run: Run, console: Progress) -> None:
         console.note(f"the sample order changed at sample {state.order_begin:,}: epochs are counted from there")
     for note in (*data.shares, *data.notes):
         console.note(note)
-    for phase in state.phases.until(cfg.train.steps):
+    ahead = (p for p in state.phases.until(cfg.train.steps) if p.first_step >= state.phase.first_step)
+    for phase in ahead:
         plan, where = run.derived.plan_of(phase), f"phase.{phase.number}" if phase.number else "train"
         if plan.microbatches < ctx.pipeline.size:
             enough = ctx.pipeline.size * ctx.data.size * phase.micro_batch_size

@@ -10,6 +10,7 @@ from engine.checkpoint.format import read_manifest
 from engine.checkpoint.seal import open_storage
 from engine.config.derived import Derived
 from engine.config.load import Resolved
+from engine.config.phases import saved_phase
 from engine.data.samples.corpora import TrainingData, open_data, open_training, resume_data
 from engine.data.samples.loader import Loader, RankShare
 from engine.data.tokenize.tokenizer import Tokenizer
@@ -58,8 +59,8 @@ def open_run(resolved: Resolved, ctx: ParallelContext) -> Run:
     state = setup(cfg, ctx, resolved.derived)
     source = resume_run(state, data.metadata)
     if source:
-        past = read_manifest(Path(source), open_storage(cfg.checkpoint.secret)).data
-        data = resume_data(data, cfg, state.phases, past)
+        past = read_manifest(Path(source), open_storage(cfg.checkpoint.secret))
+        data = resume_data(data, cfg, state.phases, past.data, saved_phase(past.config, past.step).seq_len)
     data.order.begin_at(state.order_begin)
     state.enter(state.phases.at(state.step))  # a validation before the first step is of the last step done
     notes: list[str] = []

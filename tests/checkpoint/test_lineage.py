@@ -167,7 +167,9 @@ def test_all_data_metadata_has_a_field(tmp_path: Path) -> None:
             writer.finish({})
     cfg = config(data_train=f"1 {tmp_path}/a 2 {tmp_path}/b")
     fields = open_training(cfg, None).metadata
-    assert {field_of(name) for name in fields} - {"prefix"} <= set(DATA_FIELDS)
+    assert {field_of(name) for name in fields} - {"prefix", "seq_len"} <= set(
+        DATA_FIELDS
+    )  # lengths are compared as train.seq_len and phases
 
 
 def test_the_fingerprint_distinguishes_corpora_of_the_same_size(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ CASES: dict[str, tuple[dict[str, Any], int, tuple[str, str], str]] = {
         {"phase.1.from_step": 9, "phase.1.global_batch_size": 18},
         4,
         ("phase.1.global_batch_size", "config.batch-not-a-multiple"),
-        "data 4 x phase.1.micro_batch_size 1. Use 16 or 20.",
+        "data 4 x train.micro_batch_size 1. Use 16 or 20.",
     ),
     "micro-batch": (
         {"phase.1.from_step": 9, "phase.1.micro_batch_size": 3},
@@ -101,6 +101,19 @@ CASES: dict[str, tuple[dict[str, Any], int, tuple[str, str], str]] = {
         1,
         ("phase.2.global_batch_size", "config.batch-not-a-multiple"),
         "micro_batch_size 4. Use 4 or 8.",
+    ),
+    "train, whose sizes hold from step 1": (
+        {"train.global_batch_size": 7, "phase.1.from_step": 1, "phase.1.seq_len": 128},
+        2,
+        ("train.global_batch_size", "config.batch-not-a-multiple"),
+        "data 2 x train.micro_batch_size 1. Use 6 or 8.",
+    ),
+    "once for phases with the same sizes": (
+        {f"phase.{n}.from_step": 9 * n for n in (1, 2)}
+        | {"phase.1.global_batch_size": 9, "phase.2.global_batch_size": 9},
+        2,
+        ("phase.1.global_batch_size", "config.batch-not-a-multiple"),
+        "data 2 x train.micro_batch_size 1. Use 8 or 10.",
     ),
     "plan file": (
         {"parallel.schedule": "eight.plan", "phase.1.from_step": 9, "phase.1.global_batch_size": 16},
@@ -150,6 +163,20 @@ CASES: dict[str, tuple[dict[str, Any], int, tuple[str, str], str]] = {
         ("phase.1.rope_beta_slow", "config.rope-bounds-crossed"),
         "32",
     ),
+    "a factor that a later scaling does not use": (
+        {f"phase.{n}.from_step": 9 * n for n in (1, 2)}
+        | {"phase.1.rope_scaling": "yarn", "phase.1.rope_factor": 4.0, "phase.2.rope_scaling": "none"},
+        1,
+        ("phase.2.rope_scaling", "config.without-effect"),
+        "does not fit rope_factor 4.0 of phase 1, which has no effect for rope_scaling none. "
+        "Give phase.2.rope_factor = 1.",
+    ),
+    "the length before a longer one": (
+        {"phase.1.from_step": 9, "phase.1.rope_scaling": "yarn", "phase.1.rope_factor": 4.0, "phase.1.seq_len": 512},
+        1,
+        ("phase.1.rope_original_seq_len", "config.setting-missing"),
+        "phase.1.rope_original_seq_len: is not given",
+    ),
     "lengths of epochs": (
         {"data.train": "epochs.toml", "phase.1.from_step": 9, "phase.1.seq_len": 64},
         1,
@@ -185,6 +212,12 @@ CASES: dict[str, tuple[dict[str, Any], int, tuple[str, str], str]] = {
         1,
         ("phase.2.weights", "config.mixture-empty"),
         "weight above 0",
+    ),
+    "a weight that is too small": (
+        BLEND | {"phase.1.from_step": 9, "phase.1.weights": "1e-7 a"},
+        1,
+        ("phase.1.weights", "samples.blend-weights"),
+        "= 'a': has a share of 2.0e-07",
     ),
     "weights in pairs": (
         BLEND | {"phase.1.from_step": 9, "phase.1.weights": "1 a 2"},
@@ -254,3 +287,11 @@ def test_rope_settings_add_up_and_checkpoints_have_those_of_their_step() -> None
         assert (model.rope_theta, model.rope_scaling, model.rope_original_seq_len) == settings_then
         assert saved_model(cfg.model_dump(mode="json"), step) == model.model_dump()
     assert saved_model({"model": {"rope_theta": 3.0}}, 7) == {"rope_theta": 3.0}  # of an older engine
+
+
+def test_a_phase_can_go_back_to_no_scaling_and_is_saved_so(tmp_path: Path) -> None:
+    """The length of a scaling's context stays with the model, and is read by nothing."""
+    values = {"model.rope_scaling": "yarn", "model.rope_factor": "4.0", "phase.1.from_step": "9"}
+    resolved = load([], values | {"phase.1.rope_scaling": "none", "phase.1.rope_factor": "1"})
+    (tmp_path / "config.toml").write_text(resolved.toml())
+    assert load([tmp_path / "config.toml"], {}).config == resolved.config

@@ -175,3 +175,9 @@ def test_other_data_has_other_normal_values(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert list(SpikeWatch(tmp_path, 50, phases)._normal["loss"]) == [4.0] * 20
     assert list(SpikeWatch(tmp_path, 50, PLAIN)._normal["loss"]) == [2.0] * 30 + [4.0] * 20
+
+
+def test_other_data_has_other_normal_values_if_its_first_step_is_skipped(tmp_path: Path) -> None:
+    other = Phase(31, 8, 1, 32, 1, frozenset({"seq_len"}))
+    watch = SpikeWatch(tmp_path, 0, Phases((Phase(1, 8, 1, 32), other)))
+    assert feed(watch, [2.0] * 30) == [] and feed(watch, [4.0] * 20 + [9.0], 33) == [53]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.checkpoint.format import read_manifest
 from engine.checkpoint.load import Reader
 from engine.data.samples.indexed_writer import IndexedWriter
 from engine.distributed.context import ParallelContext
@@ -197,3 +198,20 @@ def test_a_skipped_step_consumes_the_batch_of_its_phase(
     assert found[:4] == one[1][:4] and [line["tokens"] for line in found] == [line["tokens"] for line in one[1]]
     assert "loss" not in found[4] and found[5]["loss"] != one[1][5]["loss"]
     assert found[5]["loss"] == pytest.approx(one[1][5]["loss"], rel=0.02)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["now", "metadata of an older engine"])
+def test_an_allowed_length_in_the_past_holds_from_the_checkpoint_on(blend: str, tmp_path: Path, old: bool) -> None:
+    """4 steps of 16 tokens; then a phase from step 3 with 24 tokens is allowed, and the run resumes twice."""
+    go(tmp_path, blend, 4)
+    if old:
+        folder = tmp_path / "checkpoints/step_00000004"
+        manifest = read_manifest(folder)
+        del manifest.data["seq_len from sample 0"]
+        (folder / "manifest.json").write_bytes(manifest.encode())
+    go(tmp_path, blend, 6, phase_1_seq_len=24, checkpoint_allow="phase")
+    found = go(tmp_path, blend, 8, phase_1_seq_len=24)
+    assert [line["tokens"] for line in found] == list(np.cumsum(np.multiply(BATCHES, [16] * 4 + [24] * 4)))
+    data = read_manifest(tmp_path / "checkpoints/step_00000008").data
+    lengths = {name: value for name, value in data.items() if name.startswith("seq_len")}
+    assert lengths == {"seq_len from sample 0": 16, "seq_len from sample 24": 24}

@@ -66,11 +66,6 @@ def integer_weights(shares: Sequence[Fraction]) -> list[int]:
     return whole
 
 
-def smallest_share(shares: Sequence[Fraction]) -> Fraction:
-    """The smallest share a source may have: 2^-21 of the sum of all shares, so that two windows fit in a block."""
-    return sum(shares, Fraction(0)) * 2 / MAX_BLOCK
-
-
 def block_state(weights: Sequence[int], total: int, n: int) -> tuple[list[int], list[int], list[int]]:
     """Per source at block boundary n: (samples before n, n * weight mod total, 1 if its open job is done)."""
     counts = [n * weight // total for weight in weights]

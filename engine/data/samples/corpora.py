@@ -12,11 +12,11 @@ import numpy as np
 import xxhash
 
 from engine.batch import Transform
-from engine.config.mixture import PATH, Mixture, read_mixture
+from engine.config.mixture import PATH, Mixture, read_mixture, too_small
 from engine.config.phases import Phases, phases_of
 from engine.config.schema import Config
 from engine.config.skips import read_ranges
-from engine.data.samples.blend import BlendedOrder, BlendPhase, integer_weights, smallest_share
+from engine.data.samples.blend import BlendedOrder, BlendPhase, integer_weights
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.keyed import derive_key
 from engine.data.samples.order import ORDER_VERSION, SampleOrder
@@ -27,7 +27,7 @@ from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import ConfigError, DataError, FieldError
 
 DECLARED_MIXTURE = "mixture from step "  # data metadata: weights that data.train declares from that step on
-USED_LENGTH = "seq_len from sample "  # sequence lengths used from that sample on, if they change
+USED_LENGTH = "seq_len from sample "  # sequence lengths used from that sample on
 USED_MIXTURE = "mixture from sample "  # weights used from that sample on; final once the samples are consumed
 _MOST_NOTES = 12
 
@@ -101,18 +101,22 @@ def open_training(cfg: Config, tokenizer: Tokenizer | None) -> TrainingData:
     )
 
 
-def resume_data(data: TrainingData, cfg: Config, run: Phases, past: Mapping[str, Any] | None = None) -> TrainingData:
+def resume_data(
+    data: TrainingData, cfg: Config, run: Phases, past: Mapping[str, Any] | None = None, past_seq_len: int = 0
+) -> TrainingData:
     """The data of a run that begins or resumes at the origin of its phases. past: its checkpoint's data metadata.
+
+    past_seq_len: sequence length of the checkpoint's run, for metadata of older engines, which lack a single length.
 
     The past mixture is taken from the checkpoint, for any batch size it was drawn with, so each source continues at its
     own position. Weights of later phases take effect at their steps. If the sources have changed (and the resume was
     allowed), the blend is read as if it had always been the current one, and a note reports it.
     """
     step, consumed = run.origin.step, run.origin.samples
-    lengths = _lengths(run, past or {})
-    lengthy = {f"{USED_LENGTH}{length.start}": length.seq_len for length in lengths if len(lengths) > 1}
+    lengths = _lengths(run, past or {}, past_seq_len)
+    lengthy = {f"{USED_LENGTH}{length.start}": length.seq_len for length in lengths}
     base = data.order.stages[0] if isinstance(data.order, StagedOrder) else data.order
-    changes = bool(lengthy) or lengths[0].seq_len != base.seq_len
+    changes = len(lengths) > 1 or lengths[0].seq_len != base.seq_len
     if isinstance(base, SampleOrder):
         staged = StagedOrder([base], (), lengths)
         metadata = {k: v for k, v in data.metadata.items() if not k.startswith(USED_LENGTH)} | lengthy
@@ -139,7 +143,7 @@ def resume_data(data: TrainingData, cfg: Config, run: Phases, past: Mapping[str,
     return replace(data, order=staged if changes else blend, metadata=metadata, shares=tuple(reported))
 
 
-def _lengths(run: Phases, past: Mapping[str, Any]) -> list[Length]:
+def _lengths(run: Phases, past: Mapping[str, Any], past_seq_len: int) -> list[Length]:
     """The sequence lengths of a run by sample: those used so far as in the data metadata `past`, then its phases'."""
     step, consumed = run.origin.step, run.origin.samples
     used = {name.removeprefix(USED_LENGTH): value for name, value in past.items() if name.startswith(USED_LENGTH)}
@@ -147,7 +151,7 @@ def _lengths(run: Phases, past: Mapping[str, Any]) -> list[Length]:
         (Length(int(start), int(value)) for start, value in used.items() if int(start) < consumed),
         key=lambda length: length.start,
     )
-    found = found or [Length(0, run.at(step).seq_len)]
+    found = found or [Length(0, past_seq_len or run.at(step).seq_len)]
     for phase in run.phases:
         begin = max(step, phase.first_step - 1)
         if phase is run.at(begin + 1) and phase.seq_len != found[-1].seq_len:
@@ -296,24 +300,13 @@ def _planned(mixture: Mixture, run: Phases, orders: list[SampleOrder]) -> tuple[
     """(steps before, integer weights from then on) at step 1 and for each phase that gives weights."""
     planned = []
     for phase in (phase for phase in run.phases if phase.first_step == 1 or "weights" in phase.given):
-        shares = dict(enumerate(mixture.with_weights(phase.weights)))
+        amounts = mixture.with_weights(phase.weights)
         if mixture.kind == "epochs":
-            shares = {k: amount * orders[k].samples_per_epoch for k, amount in shares.items()}
-        shares = {k: share for k, share in shares.items() if share}
-        least = smallest_share(list(shares.values()))
-        errors = [
-            FieldError(
-                "samples.blend-weights",
-                PATH,
-                mixture.names[k],
-                f"has a share of {float(share / sum(shares.values())):.1e}, less than one sample in 2^21",
-                "Give it more, or merge it with another source.",
-            )
-            for k, share in shares.items()
-            if share < least
-        ]
-        if errors:
+            amounts = tuple(amount * order.samples_per_epoch for amount, order in zip(amounts, orders))
+        path = f"phase.{phase.number}.weights" if "weights" in phase.given else PATH
+        if errors := list(too_small(mixture, amounts, path)):
             raise ConfigError(errors)
+        shares = {k: share for k, share in enumerate(amounts) if share}
         weights = dict(zip(shares, integer_weights(list(shares.values()))))
         planned.append((phase.first_step - 1, tuple(weights.get(k, 0) for k in range(len(orders)))))
     return tuple(planned)

@@ -118,11 +118,6 @@ class Loader:
         self._failure: BaseException | None = None
         weakref.finalize(self, self._batches.close)
 
-    @property
-    def consumed_samples(self) -> int:
-        """Global samples of the run after all batches returned; prefetched batches do not count."""
-        return self._share.phases.consumed(self._step).samples
-
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         return self
 

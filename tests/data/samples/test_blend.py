@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.config.mixture import LEAST_SHARE
 from engine.data.samples import blend as blend_module
 from engine.data.samples.blend import (
     MAX_TOTAL,
@@ -22,7 +23,6 @@ from engine.data.samples.blend import (
     SourceAssignment,
     block_state,
     integer_weights,
-    smallest_share,
 )
 from engine.data.samples.loader import Loader
 from engine.data.samples.native_index import select_index
@@ -174,8 +174,7 @@ def test_integer_weights() -> None:
     assert integer_weights([Fraction(1, 3), Fraction(1, 6)]) == [2, 1]
     huge = integer_weights([Fraction(10**17 + 1), Fraction(3 * 10**17)])
     assert sum(huge) <= MAX_TOTAL and huge[1] / huge[0] == pytest.approx(3, rel=1e-11)
-    least = smallest_share([Fraction(1), Fraction(2**21 - 1)])
-    assert least == 1
+    assert Fraction(1, 2**21) == LEAST_SHARE
     assert SourceAssignment(integer_weights([Fraction(1), Fraction(2**21 - 1)]), native=False).block == 2**22
 
 

@@ -35,7 +35,6 @@ def batches(order: SampleOrder, steps: int, micro: int, data_size: int, start: i
                     assert torch.equal(batch.tokens[:, 1:], batch.labels[:, :-1])
                     numbers[step] += batch.samples.tolist()
                     out[step] += torch.cat([batch.tokens, batch.labels[:, -1:]], 1).tolist()
-            assert loader.consumed_samples == start + 12 * steps
     assert [n for step in numbers for n in sorted(step)] == list(range(start, start + 12 * steps))
     return out
 
@@ -93,7 +92,6 @@ def test_prefetch_errors_surface_in_their_place() -> None:
         for _ in range(2):
             with raises(DataError, "samples.torn"):
                 next(loader)
-        assert loader.consumed_samples == 4
 
 
 def test_prefetch_is_bounded_and_close_is_prompt() -> None:
@@ -105,7 +103,7 @@ def test_prefetch_is_bounded_and_close_is_prompt() -> None:
     while fake.reads < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.05)
-    assert fake.reads == 4 and loader.consumed_samples == 2  # one returned and three prefetched
+    assert fake.reads == 4  # one returned and three prefetched
     started = time.monotonic()
     loader.close()
     loader.close()

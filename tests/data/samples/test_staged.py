@@ -8,7 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engine.config.load import load
+from engine.config.phases import Position, phases_of
 from engine.data.samples.blend import BlendedOrder, BlendPhase
+from engine.data.samples.corpora import open_training, resume_data
 from engine.data.samples.order import SampleOrder
 from engine.data.samples.staged import Length, StagedOrder
 from engine.errors import DataError
@@ -52,6 +55,24 @@ def test_sources_of_a_blend_are_counted_over_all_lengths(tmp_path: Path) -> None
             if len(mine):
                 assert np.array_equal(staged.gather(mine), plain.gather(np.arange(first, first + len(mine))))
             begun[k] += -(-len(mine) // plain.samples_per_epoch)
+
+
+def test_an_allowed_length_in_the_past_changes_nothing_read(tmp_path: Path) -> None:
+    """4 steps at 32; then a phase from step 3 with 64 is allowed. What was read stays, and no shuffle is used twice."""
+    corpus(tmp_path / "a", [90] * 20)
+    values = {"data.train": str(tmp_path / "a"), "model.vocab_size": "60000", "train.seq_len": "32"}
+    before = open_training(load([], values).config, None)
+    cfg = load([], values | {"phase.1.from_step": "3", "phase.1.seq_len": "64"}).config
+    past, run, numbers = dict(before.metadata), phases_of(cfg), np.arange(32)
+    for step, tokens in ((4, 4 * 8 * 32), (6, 4 * 8 * 32 + 2 * 8 * 64)):
+        data = resume_data(open_training(cfg, None), cfg, run.resumed(Position(step, 8 * step, tokens)), past)
+        assert isinstance(data.order, StagedOrder) and isinstance(before.order, SampleOrder)
+        assert data.order.lengths == (Length(0, 32), Length(32, 64))
+        assert np.array_equal(data.order.gather(numbers), before.order.gather(numbers))
+        longer = SampleOrder(before.order.dataset, 64, before.order.seed)
+        longer.begin_at(32, -(-32 // before.order.samples_per_epoch))
+        assert np.array_equal(data.order.gather(numbers + 32), longer.gather(numbers + 32))
+        past = dict(data.metadata)
 
 
 def test_samples_of_two_lengths_are_no_batch(tmp_path: Path) -> None:

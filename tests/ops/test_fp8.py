@@ -155,7 +155,7 @@ def test_invalid_configs_are_rejected(changes: dict[str, Any], expected: str) ->
 def test_a_checkpoint_is_evaluated_in_bf16_and_in_layouts_that_fp8_rejects(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config(1, train_fp8="tensorwise", **SMALL)
     monkeypatch.setattr(inference, "find_checkpoint", lambda *_: Path())
-    monkeypatch.setattr(inference, "read_manifest", lambda *_: SimpleNamespace(config=cfg.model_dump()))
+    monkeypatch.setattr(inference, "read_manifest", lambda *_: SimpleNamespace(config=cfg.model_dump(), step=1))
     found = inference.config_of(Path(), tensor=8, world=8)  # 8 columns of down on a rank
     assert found.train.fp8 == "none" and config_errors(found, 8) == []
 
@@ -180,5 +180,5 @@ def test_head_and_embedding_stay_in_bf16() -> None:
         )
 
     ((*found,),) = run_ranks(layout_of(cfg), job, dtype=BF16)
-    layers = MODEL["num_layers"]
-    assert found == sorted(["attention.qkv", "attention.out", "mlp.up", "mlp.down"] * layers)
+    names = ("attention.sublayer.qkv", "attention.sublayer.out", "mlp.sublayer.up", "mlp.sublayer.down")
+    assert found == sorted(names * MODEL["num_layers"])

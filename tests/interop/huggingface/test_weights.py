@@ -13,7 +13,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.batch import Sequence
 from engine.checkpoint.format import read_manifest, verify_all
 from engine.checkpoint.load import Reader
 from engine.config.load import load
@@ -35,7 +34,7 @@ from engine.optim.update_rules import MODEL
 from engine.train.resume import save_state, start_from
 from engine.train.state import setup
 from engine.train.step import train_step
-from tests.support.cases import config, layout_of, random_batches, same_bytes
+from tests.support.cases import config, layout_of, micro_batch, random_batches, same_bytes
 from tests.support.errors import raises
 from tests.support.harness import run_ranks
 from tests.support.hf_folders import TOKENS, same_bits, tensors_of
@@ -65,7 +64,9 @@ def test_import_gives_transformers_logits_and_gradients(tmp_path: Path, name: st
     assert float(expected.abs().max()) > 0.1
 
     labels, mask = TOKENS.roll(-1, 1), torch.rand(TOKENS.shape) < 0.7
-    ours(TOKENS, labels, mask, Sequence.of_rows(TOKENS.shape[1])).sum().backward()
+    losses = ours((), micro_batch(TOKENS, labels, mask)).losses
+    assert losses is not None
+    losses.sum().backward()
     losses = torch.nn.functional.cross_entropy(theirs(TOKENS).logits.transpose(1, 2), labels, reduction="none")
     (losses * mask).sum().backward()
     grads = {piece.name: piece_of(piece, p.grad) for p in parameters(ours) for piece in p.spec.pieces(ours.ctx)}

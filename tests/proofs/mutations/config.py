@@ -62,8 +62,8 @@ MUTATIONS = [
         "export_with_the_rope_of_the_first_phase",
         "a checkpoint of a later phase is exported with the RoPE settings of [model]",
         "engine.config.phases:saved_model",
-        "phases.at(step)",
-        "phases.at(1)",
+        "saved_phase(config, step)",
+        "saved_phase(config, 1)",
         ("test_rope_settings_add_up_and_checkpoints_have_those_of_their_step",),
     ),
     Mutation(

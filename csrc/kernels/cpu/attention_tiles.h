@@ -114,8 +114,8 @@ void forward_head(const Plan& plan, Begin begin, Heads<const float> q, const flo
             for (int64_t r = 0; r < count; r++) {
                 const int64_t row = q0 + i + r;
                 float peak;
-                const float sum = exponentials(score + (i + r) * ld, low, begin[row], plan.before + row, seen,
-                                               plan.scale, &peak);
+                const float sum =
+                    exponentials(score + (i + r) * ld, low, begin[row], plan.before + row, seen, plan.scale, &peak);
                 lse[row] = peak + std::log(sum);
                 inverse[r] = 1.0f / sum;
             }

@@ -70,8 +70,7 @@ INLINE void dropout_range(const T* x, const DrawKey& key, uint64_t place, int64_
                           T* y) {
     over_words(key, place, n, [&](const uint32_t* words, int64_t i, int64_t count) INLINE_CALL {
 #pragma omp simd
-        for (int64_t j = 0; j < count; j++)
-            put(y[i + j], words[j] >= threshold ? wide(x[i + j]) * scale : Wide<T>(0));
+        for (int64_t j = 0; j < count; j++) put(y[i + j], words[j] >= threshold ? wide(x[i + j]) * scale : Wide<T>(0));
     });
 }
 

@@ -60,9 +60,7 @@ __global__ void __launch_bounds__(BLOCK)
 Rows rows_of(const int64_t* starts, int64_t rows, int64_t n) {
     return {starts, rows, n, (n + 2 * (GROUP - 1)) / GROUP};
 }
-unsigned blocks_of(const Rows& x) {
-    return blocks_for((x.rows * x.groups * LANES + BLOCK - 1) / BLOCK, 2048 / BLOCK);
-}
+unsigned blocks_of(const Rows& x) { return blocks_for((x.rows * x.groups * LANES + BLOCK - 1) / BLOCK, 2048 / BLOCK); }
 
 }  // namespace
 

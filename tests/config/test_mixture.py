@@ -189,6 +189,7 @@ def test_one_corpus_stays_as_it_was(corpora: Path) -> None:
         "num_tokens": dataset.num_tokens,
         "fingerprint": data.metadata["fingerprint"],  # tests/checkpoint/test_lineage.py
         "tokenizer_digest": "t1",
+        "seq_len from sample 0": 32,
     }
 
 

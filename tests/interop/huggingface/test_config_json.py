@@ -52,7 +52,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "model-type-unknown",
         ("model_type = 'mamba'", "LlamaForCausalLM"),
     ),
-    "no type": ({"model_type": None}, "model-type-unknown", ("model_type = None",)),
+    "no type": ({"model_type": None}, "model-type-unknown", ("model_type",)),
     "task": (
         {"architectures": ["LlamaForSequenceClassification"]},
         "architecture-unknown",
@@ -63,7 +63,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "softcapping": ({"final_logit_softcapping": 30.0}, "key-not-supported", ("final_logit_softcapping = 30.0",)),
     "both ways": ({"is_causal": False}, "key-value-fixed", ("is_causal = False", None)),
     "activation": ({"hidden_act": "relu2"}, "key-value-unknown", ("hidden_act = 'relu2'", "silu")),
-    "missing": ({"hidden_size": None}, "key-missing", ("hidden_size = None",)),
+    "missing": ({"hidden_size": None}, "key-missing", ("hidden_size: is missing",)),
     "wrong type": ({"num_hidden_layers": "2"}, "key-type", ("num_hidden_layers = '2'",)),
     "rope type": (
         {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},

@@ -92,6 +92,11 @@ def test_each_field_is_rejected_allowed_and_remembered(
     assert [field_of(name) for name in parent.allowed] == [field] and parent.versions == code_versions()
 
 
+def test_a_change_of_the_z_loss_needs_no_permission_and_is_remembered(first: Path, tmp_path: Path) -> None:
+    (parent,) = read_manifest(go(tmp_path, METADATA, first, train_z_loss=1e-4)).lineage
+    assert parent.changed == {"train.z_loss": ("0.0", "0.0001")} and not parent.allowed
+
+
 def test_another_order_begins_where_it_was_allowed(first: Path, tmp_path: Path) -> None:
     """The error explains how to resume; later saves and resumes know where epoch 0 of the new order began."""
     with raises(EngineError, OTHER, "data.order: checkpoint 1, now 2", f"({code_versions()['engine']})"):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import register_fake
 
 from engine.util import extension
 from engine.util.build_notes import why_not_built
@@ -107,7 +108,7 @@ def _register_shapes() -> None:
         "dropout": lambda x, starts, key, stream, threshold, scale: torch.empty_like(x),
     }
     for name, fake in fakes.items():
-        torch.library.register_fake(f"trident::{name}", _on_one_device(name, fake))
+        register_fake(f"trident::{name}", _on_one_device(name, fake))
 
 
 def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:

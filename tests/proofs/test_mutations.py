@@ -33,6 +33,14 @@ def test_every_mutation_fits_and_changes_the_code(mutation: Mutation) -> None:
         assert (ROOT / node_id(test).partition("::")[0]).is_file()
 
 
+def test_the_cases_that_catch_them_exist() -> None:
+    """A case that was renamed or has new parameters fails here, not only in a run of the mutations."""
+    ids = sorted({node_id(test) for mutation in MUTATIONS for test in mutation.tests})
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:xdist", *ids]
+    collected = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert collected.returncode == 0, collected.stderr
+
+
 SOURCE = """
 class Öfen:
     def heat(self, x):

@@ -210,7 +210,7 @@ MUTATIONS = [
         "engine.train.objective:checked_counts",
         "CountedTokens(int(number), weight)",
         "CountedTokens(int(number), number)",
-        ("test_objectives_equal_plain_torch_in_every_layout[mean-one]",),
+        ("test_objectives_equal_plain_torch_in_every_layout[pretrain-one]",),
     ),
     Mutation(
         "validation_counts_weights_as_one",

@@ -161,6 +161,11 @@ class Sequence:
         row = (self.draws.samples[:, None] * self.dropout.heads + head)[..., None] * keys + query
         return Places((row * keys).flatten(), keys)
 
+    def attention_draw(self) -> tuple[Key, float]:
+        """The key and the probability of this layer's dropout of attention weights."""
+        assert self.draws is not None and self.dropout is not None
+        return self.draws.key("dropout", self.dropout.name), self.dropout.p
+
     def mask(self, queries: int, keys: int) -> Tensor:
         """The attention mask, bool [1 or b, 1, queries, keys]: True where query i attends to key j. Cached."""
         return self._cached(lambda: self._mask(keys - queries, keys), "mask", queries, keys)

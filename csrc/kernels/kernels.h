@@ -79,9 +79,23 @@ template <class T>
 void rope_backward(Heads<const T> q, Heads<const T> k, Heads<const T> v, const T* cos, const T* sin, T* fused,
                    HeadShape shape, int threads);
 
+// The words of a key and a stream: key is Philox's key, stream the upper half of its counter.
+struct DrawKey {
+    uint64_t key, stream;
+};
+
 // Sizes of attention: the s queries are the last of `keys` positions; b samples, n query and m KV heads of d values.
 struct AttentionShape {
     int64_t s, keys, b, n, m, d;
+};
+
+// Dropout of attention weights. places [b, n, s]: of each query's weight for key 0 (null: no dropout); a weight whose word
+// (see draws.h) is below threshold becomes 0, the others are multiplied by scale.
+struct WeightDropout {
+    const int64_t* places;
+    DrawKey key;
+    uint32_t threshold;
+    float scale;
 };
 
 // Causal attention of float32 heads, softmax over scale * q k. out [s, b, n * d]; lse [b, n, s]: log-sum-exp of the
@@ -89,11 +103,11 @@ struct AttentionShape {
 // non-decreasing along a sample. Needs AVX2: attention_runs returns whether the processor has it.
 bool attention_runs();
 void attention(Heads<const float> q, Heads<const float> k, Heads<const float> v, const int64_t* begin, float* out,
-               float* lse, AttentionShape shape, double scale, int threads);
+               float* lse, AttentionShape shape, double scale, WeightDropout dropout, int threads);
 // grad: the gradient of out, as heads.
 void attention_backward(Heads<const float> grad, Heads<const float> q, Heads<const float> k, Heads<const float> v,
                         const int64_t* begin, const float* out, const float* lse, Heads<float> gq, Heads<float> gk,
-                        Heads<float> gv, AttentionShape shape, double scale, int threads);
+                        Heads<float> gv, AttentionShape shape, double scale, WeightDropout dropout, int threads);
 
 // For rows of v logits, over the first `valid` columns: stats[0][row] = max, [1] = sum exp(x - max), [2] = x[target].
 // If target < 0 or >= valid, another rank has the target's logit, and [2] is 0.
@@ -121,11 +135,6 @@ template <class T>
 void sum_squares(const T* x, int64_t n, const int64_t* bounds, double* out, int64_t k, int threads);
 
 // ---- keyed draws: Philox4x32-10, see draws.h
-
-// The words of a key and a stream: key is Philox's key, stream the upper half of its counter.
-struct DrawKey {
-    uint64_t key, stream;
-};
 
 // What a draw is: a uint32; a float32 in [0, 1); a standard normal float32; whether its word is at least a threshold
 // (a bool). The numbers in engine/ops/draws.py.

@@ -39,6 +39,12 @@ AttentionShape require_attention(const Tensor& q, const Tensor& k, const Tensor&
     return {s, keys, b, n, m, d};
 }
 
+WeightDropout require_dropout(const Optional& places, int64_t key, int64_t stream, int64_t threshold, double scale,
+                              const Tensor& q, const char* op) {
+    if (places) require_places(*places, {q.size(0), q.size(1), q.size(2)}, q, op, "places");
+    return {data<int64_t>(places), key_of(key, stream), require_threshold(threshold, op), float(scale)};
+}
+
 }  // namespace
 
 void mm_(Tensor& out, const Tensor& a, const Tensor& b, bool add) {
@@ -58,20 +64,25 @@ void mm_(Tensor& out, const Tensor& a, const Tensor& b, bool add) {
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& begin,
-                                     double scale) {
+                                     double scale, const Optional& places, int64_t key, int64_t stream,
+                                     int64_t threshold, double keep_scale) {
     const AttentionShape x = require_attention(q, k, v, begin, "attention");
+    const WeightDropout dropout = require_dropout(places, key, stream, threshold, keep_scale, q, "attention");
     Tensor out = at::empty({x.s, x.b, x.n * x.d}, q.options()), lse = at::empty({x.b, x.n, x.s}, q.options());
     if (out.numel() > 0)
         trident::attention(heads<const float, float>(q), heads<const float, float>(k), heads<const float, float>(v),
-                           data<int64_t>(begin), data<float>(out), data<float>(lse), x, scale, threads());
+                           data<int64_t>(begin), data<float>(out), data<float>(lse), x, scale, dropout, threads());
     return {out, lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k,
                                                       const Tensor& v, const Tensor& out, const Tensor& lse,
-                                                      const Optional& begin, double scale) {
+                                                      const Optional& begin, double scale, const Optional& places,
+                                                      int64_t key, int64_t stream, int64_t threshold,
+                                                      double keep_scale) {
     const char* op = "attention_backward";
     const AttentionShape x = require_attention(q, k, v, begin, op);
+    const WeightDropout dropout = require_dropout(places, key, stream, threshold, keep_scale, q, op);
     require_like(grad, {x.s, x.b, x.n * x.d}, q, op, "grad");
     require_like(out, {x.s, x.b, x.n * x.d}, q, op, "out");
     require_like(lse, {x.b, x.n, x.s}, q, op, "lse");
@@ -83,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const 
         trident::attention_backward(g, heads<const float, float>(q), heads<const float, float>(k),
                                     heads<const float, float>(v), data<int64_t>(begin), data<float>(out),
                                     data<float>(lse), heads<float, float>(gq), heads<float, float>(gk),
-                                    heads<float, float>(gv), x, scale, threads());
+                                    heads<float, float>(gv), x, scale, dropout, threads());
     return {gq, gk, gv};
 }
 

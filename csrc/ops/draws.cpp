@@ -4,8 +4,6 @@
 
 namespace trident::ops {
 
-namespace {
-
 DrawKey key_of(int64_t key, int64_t stream) { return {uint64_t(key), uint64_t(stream)}; }
 
 uint32_t require_threshold(int64_t threshold, const char* op) {
@@ -14,18 +12,16 @@ uint32_t require_threshold(int64_t threshold, const char* op) {
     return uint32_t(threshold);
 }
 
-void require_starts(const Tensor& starts, int64_t rows, const Tensor& like, const char* op) {
-    require_typed(starts, at::kLong, {rows}, like, op, "starts");
-    const int64_t* place = data<int64_t>(starts);
-    for (int64_t i = 0; i < rows && starts.is_cpu(); i++)
-        require(place[i] >= 0, op, "starts[" + std::to_string(i) + "] is " + std::to_string(place[i]));
+void require_places(const Tensor& places, at::IntArrayRef shape, const Tensor& like, const char* op, const char* name) {
+    require_typed(places, at::kLong, shape, like, op, name);
+    const int64_t* place = data<int64_t>(places);
+    for (int64_t i = 0; i < places.numel() && places.is_cpu(); i++)
+        require(place[i] >= 0, op, std::string(name) + "[" + std::to_string(i) + "] is " + std::to_string(place[i]));
 }
-
-}  // namespace
 
 Tensor draw(const Tensor& starts, int64_t n, int64_t key, int64_t stream, int64_t kind, int64_t threshold) {
     const char* op = "draw";
-    require_starts(starts, starts.numel(), starts, op);
+    require_places(starts, {starts.numel()}, starts, op, "starts");
     require(n >= 0, op, "n is " + std::to_string(n));
     require(kind >= 0 && kind < DRAWS, op,
             "kind is " + std::to_string(kind) + ", expected 0 bits, 1 uniform, 2 normal or 3 keep");
@@ -43,7 +39,7 @@ Tensor dropout(const Tensor& x, const Tensor& starts, int64_t key, int64_t strea
     const char* op = "dropout";
     require_plain(x, op, "x");
     require(x.dim() == 2, op, "x is " + shape(x) + ", expected [rows, n]");
-    require_starts(starts, x.size(0), x, op);
+    require_places(starts, {x.size(0)}, x, op, "starts");
     const uint32_t least = require_threshold(threshold, op);
     Tensor y = at::empty_like(x);
     dispatch(x, op, [&](auto tag, const auto& where) {

@@ -146,10 +146,13 @@ void softmax_gradient_(Tensor& logits, const Tensor& target, const Tensor& peak,
 
 void mm_(Tensor& out, const Tensor& a, const Tensor& b, bool add);
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& begin,
-                                     double scale);
+                                     double scale, const Optional& places, int64_t key, int64_t stream,
+                                     int64_t threshold, double keep_scale);
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k,
                                                       const Tensor& v, const Tensor& out, const Tensor& lse,
-                                                      const Optional& begin, double scale);
+                                                      const Optional& begin, double scale, const Optional& places,
+                                                      int64_t key, int64_t stream, int64_t threshold,
+                                                      double keep_scale);
 
 // ---- optim.cpp
 
@@ -158,6 +161,11 @@ void adamw_(Tensor& master, const Tensor& grad, Tensor& exp_avg, Tensor& exp_avg
 Tensor sum_squares(const Tensor& flat, const Tensor& bounds);
 
 // ---- draws.cpp: keyed draws, dropout
+
+DrawKey key_of(int64_t key, int64_t stream);
+uint32_t require_threshold(int64_t threshold, const char* op);
+// Places: int64 of the shape, on like's device, not negative (checked on a CPU).
+void require_places(const Tensor& places, at::IntArrayRef shape, const Tensor& like, const char* op, const char* name);
 
 Tensor draw(const Tensor& starts, int64_t n, int64_t key, int64_t stream, int64_t kind, int64_t threshold);
 Tensor dropout(const Tensor& x, const Tensor& starts, int64_t key, int64_t stream, int64_t threshold, double scale);

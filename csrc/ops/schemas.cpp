@@ -18,7 +18,7 @@ namespace {
 
 // _INTERFACE of engine/ops/native.py, raised whenever a schema or what an operator computes changes, so that an older
 // build is rejected.
-int64_t interface() { return 1; }
+int64_t interface() { return 2; }
 
 std::string built_for() { return BUILT_FOR; }
 
@@ -78,10 +78,13 @@ TORCH_LIBRARY(trident, lib) {
         "softmax_gradient_(Tensor(a!) logits, Tensor target, Tensor peak, Tensor scale, Tensor grad, int valid) -> ()");
 
     lib.def("mm_(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()");
-    lib.def("attention(Tensor q, Tensor k, Tensor v, Tensor? begin, float scale) -> (Tensor out, Tensor lse)");
+    lib.def(
+        "attention(Tensor q, Tensor k, Tensor v, Tensor? begin, float scale, Tensor? places=None, int key=0, "
+        "int stream=0, int threshold=0, float keep_scale=1.0) -> (Tensor out, Tensor lse)");
     lib.def(
         "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? begin, "
-        "float scale) -> (Tensor gq, Tensor gk, Tensor gv)");
+        "float scale, Tensor? places=None, int key=0, int stream=0, int threshold=0, float keep_scale=1.0) -> "
+        "(Tensor gq, Tensor gk, Tensor gv)");
 
     lib.def(
         "adamw_(Tensor(a!) master, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? values, float lr, "

@@ -186,8 +186,8 @@ def _train_errors(cfg: Config) -> Iterator[FieldError]:
             "would round the gradients of train.precision fp64",
             "Use main.",
         )
-    if t.attention_dropout and t.attention not in ("auto", "sdpa"):
-        problem, fix = "cannot drop attention weights by place (train.attention_dropout)", "Use auto or sdpa."
+    if t.attention_dropout and t.attention not in ("auto", "own", "sdpa"):
+        problem, fix = "cannot drop attention weights by place (train.attention_dropout)", "Use auto, own or sdpa."
         yield FieldError("config.settings-contradict", "train.attention", t.attention, problem, fix)
     yield from fp8_errors(cfg)
     yield from seq_len_errors(cfg)

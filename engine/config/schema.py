@@ -216,7 +216,7 @@ class TrainConfig(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     """probability of a zero in embeddings, MLP activations, attention and MLP outputs; masks do not depend on layout"""
     attention_dropout: float = Field(0.0, ge=0, lt=1)
-    """probability of a zero among the attention weights; only the train.attention sdpa supports it"""
+    """probability of a zero among the attention weights; train.attention own (CPU, fp32) and sdpa support it"""
     recompute: Literal["none", "selective", "full"] = "none"
     """activations that the backward recomputes instead of saving, to save memory; selective: norms, SwiGLU product,
     attention core; full: all of a block"""

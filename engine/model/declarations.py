@@ -240,7 +240,9 @@ def attention(layer: LayerConfig, work: Workload, name: str) -> Declaration:
         core += out  # the heads are merged into a copy
     if work.attention == "sdpa" and (work.documents or layer.window):
         core += (work.micro_batch_size if work.documents else 1) * work.seq_len**2 * e  # a mask, added to the scores
-    if work.attention_dropout:  # weights after the softmax and after dropout, and a mask; no output, no log-sum-exp
+    if (
+        work.attention_dropout and work.attention == "sdpa"
+    ):  # weights after the softmax and after dropout, and a mask; no output, no log-sum-exp
         core = n * rows * cfg.head_dim * (2 * work.stat_bytes + e) + out  # q and k are as wide as the scores
         core += n * rows * work.seq_len * (work.stat_bytes + e)
         core += (work.micro_batch_size if work.documents else 1) * work.seq_len**2

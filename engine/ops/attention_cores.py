@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from engine.batch import AttentionDropout, Sequence
+from engine.batch import Sequence
 from engine.errors import ConfigError, FieldError
-from engine.ops.draws import dropout
+from engine.ops.draws import dropout, dropout_arguments
 
 PACKAGES = {
     "flash-attn-3": "flash_attn_interface",
@@ -69,23 +69,33 @@ class Core:
 
 
 class _CustomAttention(torch.autograd.Function):
+    """The backward draws the mask of the forward again: only the places of its rows are saved."""
+
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, begin: Tensor | None) -> Tensor:
-        out, lse = torch.ops.trident.attention(q, k, v, begin, q.shape[-1] ** -0.5)
-        ctx.save_for_backward(q, k, v, out, lse, begin)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, begin: Tensor | None, places: Tensor | None, draw: tuple[Any, ...]
+    ) -> Tensor:
+        out, lse = torch.ops.trident.attention(q, k, v, begin, q.shape[-1] ** -0.5, places, *draw)
+        ctx.save_for_backward(q, k, v, out, lse, begin, places)
+        ctx.draw = draw
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, *others = ctx.saved_tensors
-        grads = torch.ops.trident.attention_backward(grad.contiguous(), q, *others, q.shape[-1] ** -0.5)
-        return *grads, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        *saved, places = ctx.saved_tensors
+        scale = saved[0].shape[-1] ** -0.5
+        grads = torch.ops.trident.attention_backward(grad.contiguous(), *saved, scale, places, *ctx.draw)
+        return *grads, None, None, None
 
 
 def _custom(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
-    begin = sequence.first_keys(q.shape[0], q.shape[2], k.shape[2])
+    (b, n, s), keys = q.shape[:3], k.shape[2]
+    begin = sequence.first_keys(b, s, keys)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return _CustomAttention.apply(q, k, v, begin)
+    if sequence.dropout is None:
+        return _CustomAttention.apply(q, k, v, begin, None, ())
+    places = sequence.attention_places(n, s, keys).starts.view(b, n, s)
+    return _CustomAttention.apply(q, k, v, begin, places, dropout_arguments(*sequence.attention_draw()))
 
 
 def _merge_heads(out: Tensor) -> Tensor:
@@ -103,14 +113,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
     else:  # each KV head serves n / m consecutive query heads
         k, v = (x.repeat_interleave(n // m, dim=1) for x in (k, v))
     if sequence.dropout is not None:
-        return _merge_heads(_with_dropout(q, k, v, sequence, sequence.dropout))
+        return _merge_heads(_with_dropout(q, k, v, sequence))
     whole = sequence.documents is None and not sequence.window
     if whole and (s == keys or not sequence.causal):  # torch's own causal mask aligns the first query with key 0
         return _merge_heads(scaled_dot_product_attention(q, k, v, is_causal=sequence.causal))
     return _merge_heads(scaled_dot_product_attention(q, k, v, attn_mask=sequence.mask(s, keys)))
 
 
-def _with_dropout(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, how: AttentionDropout) -> Tensor:
+def _with_dropout(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
     """Attention whose weights, after the softmax, are dropped by a keyed mask: torch's SDPA draws its own.
 
     Scores are float32 or wider, because the softmax multiplies their error by their size.
@@ -119,8 +129,8 @@ def _with_dropout(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, how: Atte
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = q.to(wide) @ k.to(wide).transpose(2, 3) * d**-0.5
     weights = torch.softmax(scores.masked_fill(~sequence.mask(s, keys), -torch.inf), -1).to(q.dtype)
-    assert sequence.draws is not None
-    return dropout(weights, sequence.draws.key("dropout", how.name), sequence.attention_places(n, s, keys), how.p) @ v
+    key, p = sequence.attention_draw()
+    return dropout(weights, key, sequence.attention_places(n, s, keys), p) @ v
 
 
 def _sdpa_backends(backends: list[SDPBackend], q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
@@ -186,7 +196,7 @@ _TORCH = {"documents": False, "windows": False, "fewer_queries": False}
 CORES: dict[str, Core] = {
     core.name: core
     for core in (
-        Core("own", _custom, bidirectional=False),
+        Core("own", _custom, bidirectional=False, dropout=True),
         Core("cudnn", partial(_sdpa_backends, [_CUDNN, _FLASH]), **_TORCH),
         Core("flash", partial(_sdpa_backends, [_FLASH]), **_TORCH),
         Core("varlen", _varlen, fewer_queries=False),

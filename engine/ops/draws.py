@@ -112,13 +112,17 @@ def dropout(x: Tensor, key: Key, places: Places, p: float) -> Tensor:
     return _Dropout.apply(x, places.starts, key, p) if p else x
 
 
+def dropout_arguments(key: Key, p: float) -> tuple[int, int, int, float]:
+    """The arguments of kernels with dropout: key, stream, threshold, and the factor of elements that are kept."""
+    return key.key, key.stream, _threshold(p), 1 / (1 - p)
+
+
 def _dropped(x: Tensor, starts: Tensor, key: Key, p: float) -> Tensor:
-    scale = 1 / (1 - p)
     rows = x.reshape(-1, x.shape[-1])
     if custom := kernels(x):
-        return custom.dropout(rows.contiguous(), starts, key.key, key.stream, _threshold(p), scale).view(x.shape)
+        return custom.dropout(rows.contiguous(), starts, *dropout_arguments(key, p)).view(x.shape)
     mask = keep(key, Places(starts, x.shape[-1]), p)
-    return torch.where(mask, rows * scale, rows.new_zeros(())).view(x.shape)
+    return torch.where(mask, rows * (1 / (1 - p)), rows.new_zeros(())).view(x.shape)
 
 
 def _threshold(p: float) -> int:

@@ -20,7 +20,7 @@ from torch.library import register_fake
 from engine.util import extension
 from engine.util.build_notes import why_not_built
 
-_INTERFACE = 1  # of csrc/ops/schemas.cpp, raised when a schema or what an operator computes changes
+_INTERFACE = 2  # of csrc/ops/schemas.cpp, raised when a schema or what an operator computes changes
 _TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -78,7 +78,7 @@ def _register_shapes() -> None:
         b, n, s, d = q.shape
         return q.new_empty(s, b, (n + 2 * k.shape[1]) * d)
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, begin: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    def attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         b, n, s, d = q.shape
         return q.new_empty(s, b, n * d), q.new_empty(b, n, s)
 
@@ -99,7 +99,7 @@ def _register_shapes() -> None:
         "rope": rope,
         "rope_backward": rope_backward,
         "attention": attention,
-        "attention_backward": lambda grad, q, k, v, out, lse, begin, scale: same(q, k, v),
+        "attention_backward": lambda grad, q, k, v, *_: same(q, k, v),
         "softmax_stats": lambda logits, target, valid: stats(logits, 3, len(logits)),
         "softmax_gradient_": lambda logits, target, peak, scale, grad, valid: None,
         "adamw_": lambda *_: None,

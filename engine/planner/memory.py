@@ -35,7 +35,9 @@ def bytes_per_parameter(cfg: Config, replicas: int, group: ParameterGroup) -> fl
 def workload(cfg: Config, layout: Layout, phase: Phase) -> Workload:
     """The workload of a micro-batch in a phase of a resolved config."""
     dropout = cfg.train.attention_dropout > 0
-    named = "sdpa" if dropout else cfg.train.attention
+    automatic = _ATTENTION[cfg.train.precision]
+    if dropout and automatic != "own":
+        automatic = "sdpa"
     return Workload(
         tensor=layout.tensor,
         sequence=layout.sequence,
@@ -44,7 +46,7 @@ def workload(cfg: Config, layout: Layout, phase: Phase) -> Workload:
         micro_batch_size=phase.micro_batch_size,
         element_bytes=DTYPE_BYTES[cfg.train.precision],
         documents=cfg.data.separate_documents,
-        attention=_ATTENTION[cfg.train.precision] if named == "auto" else named,
+        attention=automatic if cfg.train.attention == "auto" else cfg.train.attention,
         attention_dropout=dropout,
     )
 

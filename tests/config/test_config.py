@@ -336,7 +336,7 @@ ERROR_CASES: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
         "train.precision fp64",
     ),
     "attention dropout of a kernel": (
-        {"train.attention_dropout": 0.1, "train.attention": "own"},
+        {"train.attention_dropout": 0.1, "train.attention": "flash"},
         1,
         "train.attention",
         "config.settings-contradict",

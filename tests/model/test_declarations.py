@@ -109,6 +109,7 @@ SAVED: dict[str, dict[str, Any]] = {
     },
     "attention dropout": {"train_attention_dropout": 0.5, "train_micro_batch_size": 2},
     "attention dropout, bfloat16": {"train_attention_dropout": 0.5, "train_precision": "bf16"},
+    "attention dropout, float32": {"train_attention_dropout": 0.5, "train_precision": "fp32"},
     "window": {"model_window": 8, "model_window_layers": "wf", "train_micro_batch_size": 2},
     "documents": {"data_separate_documents": True, "train_micro_batch_size": 2},
     "window, float32": {"model_window": 8, "train_precision": "fp32"},

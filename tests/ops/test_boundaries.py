@@ -155,6 +155,18 @@ WRONG: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ),
     ("kind", lambda: OPS.gated(torch.ones(2, 4), 3), ValueError, "kind is 3"),
     (
+        "places",
+        lambda: OPS.attention(*[_heads(1)] * 3, None, 1.0, torch.tensor([[[0, 4, -1, 12]]])),
+        ValueError,
+        r"places\[2\] is -1",
+    ),
+    (
+        "threshold",
+        lambda: OPS.attention(*[_heads(1)] * 3, None, 1.0, None, 0, 0, 2**32),
+        ValueError,
+        "threshold is 4294967296",
+    ),
+    (
         "begin ahead",
         lambda: OPS.attention(*[_heads(1)] * 3, torch.tensor([[0, 0, 3, 3]]), 1.0),
         ValueError,

@@ -21,7 +21,7 @@ from engine.batch import AttentionDropout, Documents, Draws, Sequence
 from engine.data.samples.keyed import derive_key
 from engine.errors import ConfigError
 from engine.ops import draws, native
-from engine.ops.attention import attention_case, select_implementation
+from engine.ops.attention import AttentionCase, select_implementation
 from engine.ops.attention_cores import CORES
 from engine.ops.draws import Key, Places, bits, dropout, keep, normal, rectangle, uniform
 from tests.support import op_checks
@@ -274,15 +274,16 @@ def test_attention_weights_are_dropped_after_the_softmax() -> None:
     assert relative(half, found[..., 12:]) < 1e-14
 
 
-def test_only_the_reference_drops_attention_weights() -> None:
+def test_other_cores_refuse_to_drop_attention_weights() -> None:
     sequence = with_dropout(Sequence.of_rows(5), 0.1, 2)
     for name, core in CORES.items():
-        if name != "sdpa":
+        if name not in ("own", "sdpa"):
             with raises(ConfigError, "ops.attention-cannot", "train.attention", name, "attention_dropout"):
                 core(heads(0, 2, 5), heads(1, 2, 5), heads(2, 2, 5), sequence)
-    case = attention_case(CPU, torch.float32, 64, dropout=True)
+    case = AttentionCase("cuda", torch.bfloat16, 64, dropout=True, capability=(9, 0))
     assert select_implementation("auto", case) == "sdpa"
-    with raises(ConfigError, "ops.attention-not-available", "own"):
-        select_implementation("own", case)
+    assert select_implementation("auto", replace(case, device="cpu", dtype=torch.float32, custom=True)) == "own"
+    with raises(ConfigError, "ops.attention-not-available", "flash"):
+        select_implementation("flash", case)
     plain = Sequence.of_rows(5)
     assert plain.with_dropout(AttentionDropout(0.5, "x", 2, 0)) is plain, "no draws in validation"

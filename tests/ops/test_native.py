@@ -8,15 +8,18 @@ see test_boundaries.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from engine.batch import Documents
+from engine.batch import AttentionDropout, Documents, Draws, Sequence
 from engine.ops import native
 from engine.ops.activation import gated
+from engine.ops.attention_cores import CORES
+from engine.ops.draws import Key, Places, keep
 from engine.ops.norm import rms_norm
 from tests.support import op_checks
 from tests.support.numbers import ids, like, parameter, randn, relative, token_losses
@@ -116,6 +119,46 @@ def test_attention_with_a_window(b: int, n: int, m: int, s: int, d: int, kind: s
     found = both(lambda q, k, v: attention(q, k, v, documents, window), *inputs)[0]
     for x, e in zip(found, reference(*inputs, op=dense), strict=True):
         assert relative(x, e, floor=10.0 if window == 1 else 1.0) < 4e-6  # 1: terms that cancel to 0 are this large
+
+
+@needs_tiles
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("kind", ["one", "short"])
+@pytest.mark.parametrize(
+    ("b", "n", "m", "s", "keys", "d"), [(2, 4, 2, 9, 9, 5), (1, 2, 1, 3, 77, 8), (1, 2, 2, 300, 300, 64)]
+)
+def test_attention_with_dropout(b: int, n: int, m: int, s: int, keys: int, d: int, kind: str, window: int) -> None:
+    """Against a float64 softmax whose weights are multiplied by the mask of their index (sample, head, query, key)."""
+    heads, first, samples, p = n + 3, 2, torch.tensor([7, 2])[:b], 0.3  # the n heads of a tensor rank
+    starts = document_starts(b, keys, kind)
+    inputs = [randn(b, x, size, d, seed=i).float() for i, (x, size) in enumerate(((n, s), (m, keys), (m, keys)))]
+    draw = Key.of(3, "dropout", 5, "layers.1.weights")
+    rows = [Places(x * heads * keys * keys, heads * keys * keys) for x in samples[:, None]]
+    whole = torch.stack([keep(draw, row, p).view(heads, keys, keys) for row in rows])
+    kept = whole[:, first : first + n, keys - s :] / (1 - p)
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(n // m, 1) for x in (k, v))
+        position, column = torch.arange(keys - s, keys)[:, None], torch.arange(keys)
+        seen = (column <= position) & (column > position - (window or keys))
+        seen = seen & (column >= starts[:, None, keys - s :, None])
+        scores = (q @ k.transpose(2, 3) * d**-0.5).masked_fill(~seen, -torch.inf)
+        return ((scores.softmax(-1) * kept) @ v).permute(2, 0, 1, 3).reshape(s, b, n * d)
+
+    documents = None if kind == "one" else Documents.from_starts(starts)
+    plain = replace(Sequence.of_rows(keys, documents), window=window, draws=Draws(3, 5, samples))
+    sequence = plain.with_dropout(AttentionDropout(p, "layers.1.weights", heads, first))
+    assert plain.with_dropout(AttentionDropout(0.0, "layers.1.weights", heads, first)).dropout is None
+    found = both(lambda q, k, v: CORES["own"](q, k, v, sequence), *inputs)[0]
+    for x, e in zip(found, reference(*inputs, op=dense), strict=True):
+        assert x.shape == e.shape and relative(x, e, floor=1.0) < 4e-6
+
+
+@needs_tiles
+def test_attention_that_keeps_every_weight_changes_no_bit() -> None:
+    q, k, v, places = *(randn(1, 2, 50, 8, seed=i).float() for i in range(3)), torch.zeros(1, 2, 50).long()
+    for a, b in zip(OPS.attention(q, k, v, None, 0.3), OPS.attention(q, k, v, None, 0.3, places, 1, 2, 0, 1.0)):
+        assert torch.equal(a, b)
 
 
 @needs_tiles

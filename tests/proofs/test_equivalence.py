@@ -275,8 +275,8 @@ def test_two_ranks_equal_one(name: str, **more: Any) -> None:
 
 
 @pytest.mark.skipif(native.load()[0] is None or not native.load()[0].attention_runs(), reason="needs AVX2")
-@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
-def test_custom_float32_kernels_in_a_layout(norm: str) -> None:
+@pytest.mark.parametrize(("norm", "dropout"), [("rmsnorm", 0.0), ("layernorm", 0.0), ("rmsnorm", 0.3)])
+def test_custom_float32_kernels_in_a_layout(norm: str, dropout: float) -> None:
     """The custom GEMM and attention exist in float32 only: two steps on one and two ranks, compared with float64.
 
     float32 has a precision of 6e-8, and about thirty sums of up to 320 terms follow one another: 5e-6 of a tensor's
@@ -288,6 +288,7 @@ def test_custom_float32_kernels_in_a_layout(norm: str) -> None:
         "model_hidden_size": 64,
         "model_ffn_size": 96,
         "model_norm": norm,
+        **dropout_of(dropout),
     }
     exact = run(config(1, **sizes), 2)
     with native.forced(gemm=True):

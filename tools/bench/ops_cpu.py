@@ -6,6 +6,7 @@ update: gradient norm, clipping, AdamW and zeroing over the 58 M parameters of t
 buckets. Before: a norm by torch in blocks, a pass that scales the gradients, AdamW. Now: `sum_squares`, AdamW scales.
 documents: attention over 8 documents per sequence, forward and backward, against SDPA with a mask and one document.
 lengths: attention over whole sequences of 512 to 8,192 tokens, against SDPA.
+dropout: attention with dropout of its weights, against the same without and against the torch reference.
 draws: 16 M keyed normals, and dropout of 16 M values, against torch's.
 """
 
@@ -15,17 +16,20 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from engine.batch import AttentionDropout, Draws, Sequence
 from engine.config.schema import OptimizerConfig
 from engine.distributed.context import make_context
 from engine.distributed.layout import Layout
 from engine.distributed.sharding import Parameter
 from engine.distributed.specs import Chunk, Role, ShardSpec
 from engine.ops import native
+from engine.ops.attention_cores import CORES
 from engine.ops.draws import Key, dropout, normal, rectangle
 from engine.optim.clip import NormCounter, sum_squares
 from engine.optim.optimizer import Optimizer
@@ -118,6 +122,24 @@ def lengths(repeats: int) -> None:
         in_turns({"own": heads.own, "SDPA": heads.sdpa}, repeats)
 
 
+def attention_dropout(repeats: int) -> None:
+    b, n, s, d = 1, 4, 2048, 64
+    leaves, grad = [torch.randn(b, n, s, d, requires_grad=True) for _ in range(3)], torch.randn(s, b, n * d)
+    plain = replace(Sequence.of_rows(s), draws=Draws(1, 1, torch.arange(b)))
+    dropped = plain.with_dropout(AttentionDropout(0.1, "bench", n, 0))
+
+    def both_ways(name: str, sequence: Sequence) -> None:
+        torch.autograd.grad(CORES[name](*leaves, sequence), leaves, grad)
+
+    print(f"attention, {b} sequences, {n} heads, {s} x {d}, forward and backward")
+    ways: dict[str, Callable[[], object]] = {
+        "own": lambda: both_ways("own", plain),
+        "own, dropout": lambda: both_ways("own", dropped),
+        "reference, dropout": lambda: both_ways("sdpa", dropped),
+    }
+    in_turns(ways, repeats)
+
+
 def draws(repeats: int) -> None:
     n = 1 << 24
     x, key, places = (
@@ -146,6 +168,7 @@ def main() -> None:
     update(args.repeats)
     documents(args.repeats)
     lengths(args.repeats)
+    attention_dropout(args.repeats)
     draws(args.repeats)
 
 

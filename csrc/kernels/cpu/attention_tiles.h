@@ -6,12 +6,16 @@
 // Tiles beyond the diagonal are skipped, and so are tiles before the first key that a row attends
 // to: the start of its document, or of its sliding window. The sums of a row run over the keys in order, so results do
 // not depend on threads or on other samples.
+//
+// Dropout multiplies the weights, after the softmax, by a keyed mask (draws.h) of a row at a time, drawn again in the
+// backward. The log-sum-exp is of all scores, and a row's sum of weight x gradient of the weight stays grad . out.
 #pragma once
 
 #include <vector>
 
 #include "kernels/cpu/exp.h"
 #include "kernels/cpu/tile.h"
+#include "kernels/cpu/words.h"
 
 namespace trident::TILES {
 
@@ -34,12 +38,18 @@ struct Plan {
     AttentionShape x;
     int64_t ld, dd, before, rows;
     float scale;
-    explicit Plan(AttentionShape shape, double s)
-        : x(shape), ld(up(shape.keys, NR)), dd(up(shape.d, NR)), before(shape.keys - shape.s), scale(float(s)) {
+    WeightDropout dropout;
+    explicit Plan(AttentionShape shape, double s, WeightDropout how)
+        : x(shape), ld(up(shape.keys, NR)), dd(up(shape.d, NR)), before(shape.keys - shape.s), scale(float(s)),
+          dropout(how) {
         rows = std::min(up(x.s, MR), std::max(ROWS, SCORES / ld) / MR * MR);
     }
     // The end of the keys that any of the first `rows` rows attends to.
     int64_t seen(int64_t rows) const { return std::min(x.keys, before + rows); }
+    // The places of a head's weights, by row; null without dropout.
+    const int64_t* places(int64_t sample, int64_t head) const {
+        return dropout.places ? dropout.places + (sample * x.n + head) * x.s : nullptr;
+    }
 };
 
 // Scratch buffers of one thread, by slot, reused across calls.
@@ -53,7 +63,18 @@ struct Scratch {
     }
 };
 
-enum Slot : size_t { SCORE, SLOPE, KEYS, VALUES, KEYS_BY_D, QUERY, GRAD, ROW, QUERY_BY_D, GRAD_BY_D, DELTA };
+enum Slot : size_t { SCORE, SLOPE, KEYS, VALUES, KEYS_BY_D, QUERY, GRAD, ROW, QUERY_BY_D, GRAD_BY_D, KEPT };
+
+// kept[key] = what dropout multiplies the weight by, 0 or its scale, for keys [begin, end) of a row.
+// Before the target of the tiles: inlined there, and vectorised for it.
+INLINE void draw_kept(const WeightDropout& how, int64_t place, int64_t begin, int64_t end, float* kept) {
+    draws::over_words(how.key, uint64_t(place + begin), end - begin,
+                      [&](const uint32_t* words, int64_t i, int64_t count) INLINE_CALL {
+#pragma omp simd
+                          for (int64_t j = 0; j < count; j++)
+                              kept[begin + i + j] = words[j] >= how.threshold ? how.scale : 0.0f;
+                      });
+}
 
 TILE_TARGET_BEGIN
 
@@ -97,12 +118,18 @@ float exponentials(float* x, int64_t low, int64_t begin, int64_t p, int64_t end,
     return sum;
 }
 
-void forward_head(const Plan& plan, Begin begin, Heads<const float> q, const float* keys, const float* values,
-                  float* out, int64_t out_row, float* lse, Scratch& space) {
+// x[begin .. end) *= by[begin .. end)
+void multiply(float* x, const float* by, int64_t begin, int64_t end) {
+#pragma omp simd
+    for (int64_t i = begin; i < end; i++) x[i] *= by[i];
+}
+
+void forward_head(const Plan& plan, Begin begin, const int64_t* places, Heads<const float> q, const float* keys,
+                  const float* values, float* out, int64_t out_row, float* lse, Scratch& space) {
     const int64_t s = plan.x.s, keys_count = plan.x.keys, d = plan.x.d, ld = plan.ld;
     float* score = space.get(SCORE, plan.rows * ld);
     float* query = space.get(QUERY, plan.rows * d + 2);
-    float* left = space.get(ROW, MR * ld + 2);
+    float *left = space.get(ROW, MR * ld + 2), *kept = places ? space.get(KEPT, ld) : nullptr;
     float inverse[MR];
     alignas(64) float part[MR * NR];
     for (int64_t q0 = 0; q0 < s; q0 += plan.rows) {
@@ -118,6 +145,10 @@ void forward_head(const Plan& plan, Begin begin, Heads<const float> q, const flo
                     exponentials(score + (i + r) * ld, low, begin[row], plan.before + row, seen, plan.scale, &peak);
                 lse[row] = peak + std::log(sum);
                 inverse[r] = 1.0f / sum;
+                if (kept) {
+                    draw_kept(plan.dropout, places[row], begin[row], plan.before + row + 1, kept);
+                    multiply(score + (i + r) * ld, kept, begin[row], plan.before + row + 1);
+                }
             }
             pack<MR>(score + i * ld + low, ld, 1, count, seen - low, left);
             for (int64_t c = 0; c < d; c += NR) {
@@ -131,16 +162,18 @@ void forward_head(const Plan& plan, Begin begin, Heads<const float> q, const flo
     }
 }
 
-// For one row that attends to keys [begin, position]: p from scores to probabilities, g from gradients of the
-// probabilities to gradients of the scores; zeros in the rest of [low, end).
-void slopes(float* p, float* g, int64_t low, int64_t begin, int64_t position, int64_t end, float scale, float lse,
-            float delta) {
+// For one row that attends to keys [begin, position]: p from scores to the weights of the values, g from gradients of
+// those weights to gradients of the scores; zeros in the rest of [low, end). kept: of draw_kept; null: no dropout.
+void slopes(float* p, float* g, const float* kept, int64_t low, int64_t begin, int64_t position, int64_t end,
+            float scale, float lse, float delta) {
+    if (kept) multiply(g, kept, begin, position + 1);
 #pragma omp simd
     for (int64_t i = begin; i <= position; i++) {
         const float e = exp_of(p[i] * scale - lse);
         p[i] = e;
         g[i] = e * (g[i] - delta) * scale;
     }
+    if (kept) multiply(p, kept, begin, position + 1);
     for (float* x : {p, g}) {
         std::fill(x + low, x + begin, 0.0f);
         std::fill(x + position + 1, x + end, 0.0f);
@@ -162,14 +195,15 @@ void add_by_keys(const Plan& plan, Begin begin, int64_t q0, int64_t rows, const 
     }
 }
 
-void backward_head(const Plan& plan, Begin begin, Heads<const float> q, Heads<const float> grad, const float* out,
-                   int64_t out_row, const float* lse, const float* keys, const float* values, const float* keys_by_d,
-                   Heads<float> gq, Heads<float> gk, Heads<float> gv, Scratch& space) {
+void backward_head(const Plan& plan, Begin begin, const int64_t* places, Heads<const float> q, Heads<const float> grad,
+                   const float* out, int64_t out_row, const float* lse, const float* keys, const float* values,
+                   const float* keys_by_d, Heads<float> gq, Heads<float> gk, Heads<float> gv, Scratch& space) {
     const int64_t s = plan.x.s, keys_count = plan.x.keys, d = plan.x.d, ld = plan.ld;
     float *score = space.get(SCORE, plan.rows * ld + MR), *slope = space.get(SLOPE, plan.rows * ld + MR);
     float *query = space.get(QUERY, plan.rows * d + 2), *gradient = space.get(GRAD, plan.rows * d + 2);
     float* query_by_d = space.get(QUERY_BY_D, plan.rows * plan.dd);
     float *grad_by_d = space.get(GRAD_BY_D, plan.rows * plan.dd), *left = space.get(ROW, MR * ld + 2);
+    float* kept = places ? space.get(KEPT, ld) : nullptr;
     for (int64_t q0 = 0; q0 < s; q0 += plan.rows) {
         const int64_t rows = std::min(plan.rows, s - q0);
         pack_over_d<MR>(q, q0, rows, d, query);
@@ -190,8 +224,9 @@ void backward_head(const Plan& plan, Begin begin, Heads<const float> q, Heads<co
                 // zero from the start of a whole tile, because add_by_keys reads whole tiles of keys
                 const int64_t from = std::min(low, begin[row] / MR * MR);
                 const int64_t end = std::min(up(std::min(last, plan.seen(q0 + i + MR)), MR), ld);
-                slopes(score + (i + r) * ld, slope + (i + r) * ld, from, begin[row], plan.before + row, end, plan.scale,
-                       lse[row], delta);
+                if (kept) draw_kept(plan.dropout, places[row], begin[row], plan.before + row + 1, kept);
+                slopes(score + (i + r) * ld, slope + (i + r) * ld, kept, from, begin[row], plan.before + row, end,
+                       plan.scale, lse[row], delta);
             }
             pack<MR>(slope + i * ld + low, ld, 1, count, seen - low, left);
             for (int64_t c = 0; c < d; c += NR)
@@ -222,8 +257,8 @@ Scratch& scratch() {
 }  // namespace
 
 void attention(Heads<const float> q, Heads<const float> k, Heads<const float> v, const int64_t* begin, float* out,
-               float* lse, AttentionShape x, double scale, int threads) {
-    const Plan plan(x, scale);
+               float* lse, AttentionShape x, double scale, WeightDropout dropout, int threads) {
+    const Plan plan(x, scale, dropout);
     const int64_t tasks = x.b * x.m, group = x.n / x.m, out_row = x.b * x.n * x.d;
 #pragma omp parallel for num_threads(int(std::min<int64_t>(threads, tasks))) schedule(dynamic, 1) if (threads > 1)
     for (int64_t task = 0; task < tasks; task++) {
@@ -233,15 +268,15 @@ void attention(Heads<const float> q, Heads<const float> k, Heads<const float> v,
         pack_over_d<NR>(at(k, sample, j), 0, x.keys, x.d, keys);
         pack_over_positions(at(v, sample, j), 0, x.keys, x.d, values);
         for (int64_t h = j * group; h < (j + 1) * group; h++)
-            forward_head(plan, first_keys(begin, x, sample), at(q, sample, h), keys, values,
+            forward_head(plan, first_keys(begin, x, sample), plan.places(sample, h), at(q, sample, h), keys, values,
                          out + (sample * x.n + h) * x.d, out_row, lse + (sample * x.n + h) * x.s, space);
     }
 }
 
 void attention_backward(Heads<const float> grad, Heads<const float> q, Heads<const float> k, Heads<const float> v,
                         const int64_t* begin, const float* out, const float* lse, Heads<float> gq, Heads<float> gk,
-                        Heads<float> gv, AttentionShape x, double scale, int threads) {
-    const Plan plan(x, scale);
+                        Heads<float> gv, AttentionShape x, double scale, WeightDropout dropout, int threads) {
+    const Plan plan(x, scale, dropout);
     const int64_t tasks = x.b * x.m, group = x.n / x.m, out_row = x.b * x.n * x.d;
 #pragma omp parallel for num_threads(int(std::min<int64_t>(threads, tasks))) schedule(dynamic, 1) if (threads > 1)
     for (int64_t task = 0; task < tasks; task++) {
@@ -258,9 +293,9 @@ void attention_backward(Heads<const float> grad, Heads<const float> q, Heads<con
             std::memset(to_v.p + p * to_v.position, 0, size_t(x.d) * sizeof(float));
         }
         for (int64_t h = j * group; h < (j + 1) * group; h++)
-            backward_head(plan, first_keys(begin, x, sample), at(q, sample, h), at(grad, sample, h),
-                          out + (sample * x.n + h) * x.d, out_row, lse + (sample * x.n + h) * x.s, keys, values,
-                          keys_by_d, at(gq, sample, h), to_k, to_v, space);
+            backward_head(plan, first_keys(begin, x, sample), plan.places(sample, h), at(q, sample, h),
+                          at(grad, sample, h), out + (sample * x.n + h) * x.d, out_row, lse + (sample * x.n + h) * x.s,
+                          keys, values, keys_by_d, at(gq, sample, h), to_k, to_v, space);
     }
 }
 

@@ -28,14 +28,14 @@ void sgemm(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_
 }
 
 void attention(Heads<const float> q, Heads<const float> k, Heads<const float> v, const int64_t* begin, float* out,
-               float* lse, AttentionShape shape, double scale, int threads) {
-    widest()->forward(q, k, v, begin, out, lse, shape, scale, threads);
+               float* lse, AttentionShape shape, double scale, WeightDropout dropout, int threads) {
+    widest()->forward(q, k, v, begin, out, lse, shape, scale, dropout, threads);
 }
 
 void attention_backward(Heads<const float> grad, Heads<const float> q, Heads<const float> k, Heads<const float> v,
                         const int64_t* begin, const float* out, const float* lse, Heads<float> gq, Heads<float> gk,
-                        Heads<float> gv, AttentionShape shape, double scale, int threads) {
-    widest()->backward(grad, q, k, v, begin, out, lse, gq, gk, gv, shape, scale, threads);
+                        Heads<float> gv, AttentionShape shape, double scale, WeightDropout dropout, int threads) {
+    widest()->backward(grad, q, k, v, begin, out, lse, gq, gk, gv, shape, scale, dropout, threads);
 }
 
 }  // namespace trident

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .catchers import small
 from .patch import Mutation
 
+CUSTOM = ("test_custom_float32_kernels_in_a_layout[rmsnorm-0.3]",)
 PLAIN = ("test_dropout_equals_plain_torch[False-pre]",)
 _KEY = 'sequence.draws.key("dropout", self.name)'
 
@@ -48,6 +49,24 @@ MUTATIONS = [
         "ctx.tensor.rank * self.n",
         "0",
         small("dropout"),
+    ),
+    Mutation(
+        "custom_attention_drops_other_weights_in_its_backward",
+        "the custom attention kernel draws another mask in the backward",
+        "engine.ops.attention_cores:_CustomAttention.backward",
+        "ctx.draw",
+        "(ctx.draw[0] + 1, *ctx.draw[1:])",
+        CUSTOM,
+        path="kernels",
+    ),
+    Mutation(
+        "custom_attention_drops_the_weights_of_the_first_queries",
+        "with fewer queries than keys, the last queries are dropped as the first",
+        "engine.ops.attention_cores:_custom",
+        "sequence.attention_places(n, s, keys)",
+        "sequence.attention_places(n, s, s)",
+        ("test_attention_with_dropout[1-2-1-3-77-8-one-0]",),
+        path="kernels",
     ),
     Mutation(
         "dropout_mask_by_local_sample",

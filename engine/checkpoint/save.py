@@ -395,5 +395,4 @@ def build_manifest(
                 before = table[name].slices if name in table else ()
                 table[name] = TensorEntry(shape=raw["shape"], dtype=raw["dtype"], slices=before + slices)
     files = {part["file"]: FileEntry(**part["entry"]) for part in parts if "file" in part}
-    degrees = {axis: getattr(layout, axis) for axis in ("tensor", "pipeline", "data", "context")}
-    return Manifest(step=step, tensors=tensors, files=files, layout=degrees, block_bytes=block_bytes, **metadata)
+    return Manifest(step=step, tensors=tensors, files=files, layout=layout.degrees, block_bytes=block_bytes, **metadata)

@@ -16,7 +16,7 @@ from engine.config.mixture import read_mixture
 from engine.config.phases import Phase
 from engine.config.schema import Config, fields
 from engine.config.tree import value_at
-from engine.distributed.layout import Coords, Place
+from engine.distributed.layout import Place
 from engine.model.build import num_parameters, parameter_specs, stage_shapes
 from engine.optim.groups import ParameterGroup, group_of
 from engine.pipeline.simulate import peak_memory, simulate
@@ -38,11 +38,7 @@ def show(resolved: Resolved, console: Console, *, full: bool = False) -> None:
     if layout.world <= _MAX_GRID_RANKS:
         console.print(layout.table(), markup=False, highlight=False)
     else:
-        console.print(
-            "rank = ((pipeline * D + data) * C + context) * T + tensor, "
-            f"D = {layout.data}, C = {layout.context}, T = {layout.tensor}",
-            highlight=False,
-        )
+        console.print(layout.formula(), highlight=False)
     steps = cfg.train.steps
     position = derived.phases.consumed(steps)
     for label, value in (
@@ -133,7 +129,7 @@ def _stages(resolved: Resolved) -> Table:
     table.title_justify = "left"
     activations = activation_bytes(cfg, derived)
     for rank, specs in enumerate(specs_per_rank(cfg, derived)):
-        first = layout.rank(Coords(rank, 0, 0, 0))
+        first = layout.rank({"pipeline": rank})
         last = first + layout.world // layout.pipeline - 1
         texts = []
         for shape in (shapes[stage] for stage in derived.first_plan.stages_of(rank)):

@@ -6,12 +6,13 @@ import difflib
 import math
 from collections.abc import Iterator
 
-from engine.config.derived import BALANCED, chunks_of, data_degree, model_ranks
+from engine.config.derived import BALANCED, NOT_BUILT, chunks_of, degrees_of, model_ranks, sample_ranks
 from engine.config.model_checks import fp8_errors, model_errors, multiples_near, seq_len_errors
 from engine.config.objective_table import OBJECTIVES
 from engine.config.phase_checks import ordered_phases, phase_errors
 from engine.config.schema import CheckpointConfig, Config
 from engine.config.skips import read_ranges
+from engine.distributed.layout import describe
 from engine.errors import FieldError, PlanError
 from engine.optim.groups import row_errors
 from engine.pipeline.actions import Plan
@@ -55,21 +56,19 @@ def _skip_errors(cfg: Config) -> Iterator[FieldError]:
 
 def _parallel_errors(cfg: Config, world: int, plan: Plan | PlanError | None) -> Iterator[FieldError]:
     p = cfg.parallel
-    for name in ("context", "expert"):
+    for name in NOT_BUILT:
         degree = getattr(p, name)
         if degree > 1:
             yield FieldError(
                 "config.not-built", f"parallel.{name}", degree, f"{name} parallelism is not built yet", "Use 1."
             )
-    p = p.model_copy(update={"context": 1})  # already reported; the checks below are about the other degrees
-    cfg = cfg.model_copy(update={"parallel": p})
-    shards = model_ranks(p)
+    shards, degrees = model_ranks(p), degrees_of(p)
     wanted = shards * (p.data or 1)
     if p.data and wanted != world:
         yield FieldError(
             "config.world-does-not-fit",
             "parallel",
-            f"tensor {p.tensor} x pipeline {p.pipeline} x data {p.data}",
+            describe(degrees),
             f"needs {wanted} processes, but there {'is 1' if world == 1 else f'are {world}'}",
             f"Start `torchrun --nproc-per-node {wanted} -m engine train ...`, or change the degrees.",
         )
@@ -77,7 +76,7 @@ def _parallel_errors(cfg: Config, world: int, plan: Plan | PlanError | None) -> 
         yield FieldError(
             "config.world-does-not-fit",
             "parallel",
-            f"tensor {p.tensor} x pipeline {p.pipeline}",
+            describe({axis: degree for axis, degree in degrees.items() if axis != "data"}),
             f"= {shards} does not divide the {world} processes",
             f"Start `torchrun --nproc-per-node {shards * -(-world // shards)} -m engine train ...`.",
         )
@@ -100,7 +99,7 @@ def _schedule_errors(cfg: Config, world: int, plan: Plan | PlanError | None) -> 
         )
         return
     if plan is not None:
-        wanted = ordered_phases(cfg).at(1).microbatches(data_degree(p, world))
+        wanted = ordered_phases(cfg).at(1).microbatches(sample_ranks(p, world))
         if (plan.num_ranks, plan.microbatches) != (p.pipeline, wanted):
             have = f"is a plan for {plan.num_ranks} ranks and {plan.microbatches} micro-batches"
             want = f"--ranks {p.pipeline} --microbatches {wanted}"

@@ -6,6 +6,7 @@ there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import Any
 
 from engine.config.phases import Phase, Phases, phases_of
 from engine.config.schema import Config, ModelConfig, ParallelConfig
-from engine.distributed.layout import Layout
+from engine.distributed.layout import AXES, Layout, Splits, axes_that_split
 from engine.errors import PlanError
 from engine.pipeline.actions import Plan
 from engine.pipeline.schedules import SCHEDULES, build, load_plan
 
 BALANCED = "balanced"  # parallel.layers, before it is resolved
+NOT_BUILT = ("context", "expert")  # degrees that engine.config.checks rejects above 1
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Derived:
 
     def plan_of(self, phase: Phase) -> Plan:
         """The plan of the steps of a phase."""
-        return self.plans[phase.microbatches(self.layout.data)]
+        return self.plans[phase.microbatches(self.layout.ways(Splits.SAMPLES))]
 
     @property
     def first_plan(self) -> Plan:
@@ -50,27 +52,35 @@ def derive(config: Config, plan: Plan | None = None) -> Derived:
     Raises PlanError if the plan file cannot be read or is not a plan.
     """
     p, phases = config.parallel, phases_of(config)
-    counts = {phase.microbatches(p.data) for phase in phases.phases}
+    counts = {phase.microbatches(sample_ranks(p)) for phase in phases.phases}
     if p.schedule in SCHEDULES:
         plans = {count: build(p.schedule, p.pipeline, p.chunks, count) for count in sorted(counts)}
     else:
         plan = plan or load_plan(Path(p.schedule))
         plans = dict.fromkeys(counts, plan)
     layout = Layout(
-        model_ranks(p) * p.data,
-        tensor=p.tensor,
-        pipeline=p.pipeline,
-        data=p.data,
-        context=p.context,
+        math.prod(degrees_of(p).values()),
+        **degrees_of(p),
         sequence=p.sequence and p.tensor > 1,
         tail=next(iter(plans.values())).placement[-1],
     )
     return Derived(layout, phases, plans, layers_per_stage(config))
 
 
+def degrees_of(p: ParallelConfig) -> dict[str, int]:
+    """Axis of the grid -> its degree, in the order of the config. What is not built counts as 1: it is an error."""
+    return {axis: 1 if axis in NOT_BUILT else getattr(p, axis) for axis in type(p).model_fields if axis in AXES}
+
+
 def model_ranks(p: ParallelConfig) -> int:
-    """Number of ranks that share one copy of the model."""
-    return p.tensor * p.pipeline * p.context
+    """Number of ranks for each data rank: the product of the other degrees."""
+    return math.prod(degree for axis, degree in degrees_of(p).items() if axis != "data")
+
+
+def sample_ranks(p: ParallelConfig, world: int = 1) -> int:
+    """Number of ranks that split the samples of a global batch. world: number of ranks, if the data degree is 0."""
+    degrees = degrees_of(p) | {"data": data_degree(p, world)}
+    return math.prod(degrees[axis] for axis in axes_that_split(Splits.SAMPLES))
 
 
 def data_degree(p: ParallelConfig, world: int) -> int:

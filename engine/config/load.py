@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from engine.config.checks import config_errors
 from engine.config.derived import (
     BALANCED,
+    NOT_BUILT,
     Derived,
     chunks_of,
     data_degree,
@@ -33,6 +34,7 @@ from engine.config.phases import original_seq_len, phases_of
 from engine.config.presets import PRESETS
 from engine.config.schema import Config, ModelConfig, fields, tables
 from engine.config.tree import ConfigTree, given_rows, rows_of, unknown_setting, value_at
+from engine.distributed.layout import AXES
 from engine.errors import CheckpointError, ConfigError, FieldError, PlanError
 from engine.interop.huggingface.config_json import read_model_fields
 from engine.pipeline.actions import Plan
@@ -101,12 +103,10 @@ def load(
     config, wrong = tree.parse()
     errors += _contradictions(config.model, start, given - {path.removeprefix("model.") for path in wrong}, sources)
     p = config.parallel
-    world = world or model_ranks(p.model_copy(update={"context": 1})) * max(
-        1, p.data
-    )  # a context degree above 1 is an error
+    world = world or model_ranks(p) * max(1, p.data)
     plan = read_plan(p)
     # errors about an invalid value, or about values derived from it, would mislead: drop them
-    if wrong & {"parallel.tensor", "parallel.pipeline", "parallel.data"}:
+    if wrong & {f"parallel.{axis}" for axis in AXES if axis not in NOT_BUILT}:
         wrong |= {"parallel = ", "train.global_batch_size", "phase."}
     if any(error.path == "model.preset" for error in errors):
         wrong.add("model.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from engine.config.derived import data_degree, with_heads
+from engine.config.derived import sample_ranks, with_heads
 from engine.config.mixture import Mixture, too_small
 from engine.config.model_checks import fp8_errors, multiples_near, position_errors, seq_len_errors
 from engine.config.phases import ROPE, ROPE_SCALES, Phase, Phases, model_of, phases_of
@@ -20,7 +20,7 @@ def phase_errors(cfg: Config, world: int, plan: Plan | None) -> Iterator[FieldEr
     """Errors of the phases of a config for `world` ranks, [train] included. plan: of a plan file that fits step 1."""
     yield from _order_errors(cfg)
     phases = ordered_phases(cfg)
-    yield from _batch_errors(phases, data_degree(cfg.parallel, world), plan)
+    yield from _batch_errors(phases, sample_ranks(cfg.parallel, world), plan)
     yield from _shape_errors(cfg, phases)
     yield from _rope_errors(cfg, phases)
 

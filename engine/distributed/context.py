@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 
 import torch
@@ -22,7 +22,14 @@ from engine.distributed.shared_memory import connect as connect_shared
 from engine.errors import ConfigError, FieldError
 
 # Name under which an axis counts its traffic, for axes that are another one's ranks or a part of them.
-_SHOWN = {"sequence": "tensor", "replicated": "tensor", "data_context": "data"}
+_SHOWN = {
+    "sequence": "tensor",
+    "replicated": "tensor",
+    "same_tokens": "tensor",
+    "data_context": "data",
+    "samples": "data",
+    "positions": "context",
+}
 
 
 @dataclass(frozen=True)
@@ -48,12 +55,14 @@ class Axis:
 class ParallelContext:
     """A rank's place in the grid, and the device and dtype of its parameters.
 
-    tensor, pipeline, data, context: the axes of the grid. data_context: the data and context ranks together, which
-    hold the same weights. sequence: the tensor ranks over which activations outside the matrices are sharded along the
-    sequence (sequence parallelism); replicated: those that hold the same activations there. One of the two is the
-    tensor axis, the other only this rank, so code applies collectives of both without branching. tied_stages: the ranks
-    of the first and last stage (tied embeddings). world: all ranks. self_axis: only this rank. tensor_parts: "tensor/P"
-    -> the tensor ranks that hold the same part of a tensor sharded into P parts (KV heads that ranks share).
+    tensor, pipeline, data, context: the axes of the grid. samples, positions, same_tokens: the ranks that split the
+    samples of a global batch, the positions of each sample, and the weights of a stage (layout.AXES). data_context:
+    those of samples and positions together, which hold the same weights. sequence: the tensor ranks over which
+    activations outside the matrices are sharded along the sequence (sequence parallelism); replicated: those that hold
+    the same activations there. One of the two is the tensor axis, the other only this rank, so code applies collectives
+    of both without branching. tied_stages: the ranks of the first and last stage (tied embeddings). world: all ranks.
+    self_axis: only this rank. others: axes of the grid without a field, and "tensor/P", the tensor ranks that hold the
+    same part of a tensor sharded into P parts (KV heads that ranks share).
     """
 
     layout: Layout
@@ -62,19 +71,22 @@ class ParallelContext:
     pipeline: Axis
     data: Axis
     context: Axis
+    samples: Axis
+    positions: Axis
     data_context: Axis
+    same_tokens: Axis
     sequence: Axis
     replicated: Axis
     tied_stages: Axis
     world: Axis
     self_axis: Axis
-    tensor_parts: Mapping[str, Axis]
+    others: Mapping[str, Axis]
     device: torch.device
     dtype: torch.dtype
 
     def axis(self, name: str) -> Axis:
         """The axis of that name (a ShardSpec names axes, because it is created before any process group exists)."""
-        found = self.tensor_parts.get(name) or getattr(self, name)
+        found = self.others.get(name) or getattr(self, name)
         assert isinstance(found, Axis), name
         return found
 
@@ -82,7 +94,7 @@ class ParallelContext:
         """Transport of each axis in words, such as "shared memory (tensor), gloo (world)"; no axes if all use one."""
         network = "NCCL" if self.device.type == "cuda" else "gloo"
         ways: dict[str, list[str]] = {}
-        for name in ("tensor", "pipeline", "data", "world"):
+        for name in (*self.layout.degrees, "world"):
             if (axis := self.axis(name)).size > 1:
                 ways.setdefault("shared memory" if axis.link else network, []).append(name)
         return ", ".join(f"{way} ({', '.join(names)})" if len(ways) > 1 else way for way, names in ways.items())
@@ -130,10 +142,9 @@ def make_context(
         shown = "tensor_parts" if "/" in name else _SHOWN.get(name, name)
         group, link = made.get(groups[name]), links.get(ranks)
         axes[name] = Axis(shown, len(ranks), ranks.index(rank), ranks, group, traffic, link, board)
-    parts = {name: axes.pop(name) for name in members if "/" in name}
-    return ParallelContext(
-        layout=layout, rank=rank, tensor_parts=parts, device=torch.device(device), dtype=dtype, **axes
-    )
+    named = {field.name for field in fields(ParallelContext)}
+    others = {name: axes.pop(name) for name in members if name not in named}
+    return ParallelContext(layout=layout, rank=rank, others=others, device=torch.device(device), dtype=dtype, **axes)
 
 
 def _connect_nccl(groups: list[dist.ProcessGroup | None], device: torch.device) -> None:

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from engine.distributed.layout import Splits, axes_that_split
+
 
 class AxisView(Protocol):
     """An axis as seen from one rank: its size, the rank's position in it, and all its ranks."""
@@ -185,7 +187,7 @@ class ShardSpec:
         """Whether this rank's replicas have, along every axis, the first of the ranks that hold this part."""
         parts, replicas = {cut.axis: cut.parts for cut in chunk.cuts}, grid.axis(self.replicas).ranks
         cut = [grid.axis(name).ranks for name in parts]
-        for name in ("tensor", "data", "context"):
+        for name in axes_that_split(Splits.SAMPLES, Splits.POSITIONS, Splits.WEIGHTS):
             if not any(all(rank in ranks for rank in grid.axis(name).ranks) for ranks in cut):
                 parts[name] = 1
         first = True

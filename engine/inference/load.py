@@ -14,7 +14,7 @@ from engine.config.schema import Config
 from engine.data.tokenize.file_names import is_tokenizer
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.distributed.context import ParallelContext, make_context
-from engine.distributed.layout import Layout
+from engine.distributed.layout import AXES, Layout
 from engine.distributed.sharding import parameters
 from engine.errors import CheckpointError
 from engine.model.build import stage_shapes
@@ -37,10 +37,10 @@ def config_of(
     config = Config.model_validate({**manifest.config, "model": saved_model(manifest.config, manifest.step)})
     parallel = config.parallel.model_copy(
         update={
+            **dict.fromkeys(AXES, 1),
             "tensor": tensor,
             "pipeline": pipeline,
             "data": 0,
-            "context": 1,
             "schedule": "1f1b",
             "chunks": 1,
             "layers": "",

@@ -14,6 +14,7 @@ from rich.table import Column
 from engine.config.phases import Phases
 from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
+from engine.distributed.layout import describe
 from engine.model.attention import attention_names
 from engine.model.build import layers_of
 from engine.ops.apex import fused_norms
@@ -35,7 +36,7 @@ class Progress:
         """Print a summary of the run: parameters, precision, layout, steps, and its starting point, their origin."""
         cfg, ctx, step = self.cfg, self.ctx, phases.origin.step
         self.phases = phases
-        degrees = f"tensor {ctx.tensor.size} x pipeline {ctx.pipeline.size} x data {ctx.data.size}"
+        degrees = describe(ctx.layout.degrees)
         start = f"from the weights of {cfg.checkpoint.init}" if cfg.checkpoint.init else "from initial weights"
         origin = f"resuming from {source}" if source else start
         steps = f"steps {step + 1}..{cfg.train.steps}"

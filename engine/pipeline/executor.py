@@ -185,20 +185,20 @@ def connect(
 
 
 def contributes_loss(plan: Plan, ctx: ParallelContext) -> bool:
-    """Whether this rank contributes its losses to a sum over the world: exactly one rank per data rank does.
+    """Whether this rank contributes its losses to a sum over the world.
 
-    All tensor ranks of the last stage hold the same losses, so only tensor rank 0 contributes.
+    On the last stage, one of the ranks that compute with the same tokens, and so have the same losses, contributes.
     """
-    return ctx.tensor.rank == 0 and ctx.pipeline.rank == plan.rank_of(plan.num_stages - 1)
+    return ctx.same_tokens.rank == 0 and ctx.pipeline.rank == plan.rank_of(plan.num_stages - 1)
 
 
 def local_totals(done: Executed, ctx: ParallelContext) -> Tensor:
     """This rank's part of the totals: float64 [1 + n], all losses, then each named sum; to be summed over the world.
 
-    Every tensor rank has the same values, so only tensor rank 0 contributes.
+    Ranks that compute with the same tokens have the same values, so only the first of them contributes.
     """
     mine = torch.stack([done.losses.sum(), *(values.sum() for values in done.sums.values())])
-    return mine * float(ctx.tensor.rank == 0)
+    return mine * float(ctx.same_tokens.rank == 0)
 
 
 def _deliver(run: Execution, op: Op, stage: int, index: int, tensors: tuple[Tensor, ...]) -> None:

@@ -6,7 +6,7 @@ from engine.config.derived import Derived
 from engine.config.dtypes import DTYPE_BYTES, MAIN_DTYPE
 from engine.config.phases import Phase
 from engine.config.schema import Config
-from engine.distributed.layout import Layout
+from engine.distributed.layout import Layout, Splits
 from engine.distributed.specs import ShardSpec
 from engine.model.build import declare, stage_shapes
 from engine.model.declarations import RecomputePolicy, Workload
@@ -33,7 +33,7 @@ def bytes_per_parameter(cfg: Config, replicas: int, group: ParameterGroup) -> fl
 
 
 def workload(cfg: Config, layout: Layout, phase: Phase) -> Workload:
-    """The workload of a micro-batch in a phase of a resolved config."""
+    """The workload of a rank's part of a micro-batch in a phase of a resolved config."""
     dropout = cfg.train.attention_dropout > 0
     automatic = _ATTENTION[cfg.train.precision]
     if dropout and automatic != "own":
@@ -42,7 +42,7 @@ def workload(cfg: Config, layout: Layout, phase: Phase) -> Workload:
         tensor=layout.tensor,
         sequence=layout.sequence,
         keep_gathered=cfg.parallel.keep_gathered,
-        seq_len=phase.seq_len,
+        seq_len=phase.seq_len // layout.ways(Splits.POSITIONS),
         micro_batch_size=phase.micro_batch_size,
         element_bytes=DTYPE_BYTES[cfg.train.precision],
         documents=cfg.data.separate_documents,

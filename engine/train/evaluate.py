@@ -96,9 +96,9 @@ class Evaluator:
         total = self.order.samples_per_epoch + (self.order.tail > 0)  # the last sample may be shorter
         if batches:
             total = min(total, batches * self.batch)
-        mine = np.arange(ctx.data.rank, total, ctx.data.size, dtype=np.int64)
-        per_rank = -(-total // ctx.data.size)
-        chunk = mbs * max(1, self.cfg.train.global_batch_size // (mbs * ctx.data.size))
+        mine = np.arange(ctx.samples.rank, total, ctx.samples.size, dtype=np.int64)
+        per_rank = -(-total // ctx.samples.size)
+        chunk = mbs * max(1, self.cfg.train.global_batch_size // (mbs * ctx.samples.size))
         totals = torch.zeros((), dtype=torch.float64, device=ctx.device)
         for begin in range(0, per_rank, chunk):
             if stopping():

@@ -176,7 +176,7 @@ def _announce(run: Run, console: Progress) -> None:
     for phase in ahead:
         plan, where = run.derived.plan_of(phase), f"phase.{phase.number}" if phase.number else "train"
         if plan.microbatches < ctx.pipeline.size:
-            enough = ctx.pipeline.size * ctx.data.size * phase.micro_batch_size
+            enough = ctx.pipeline.size * ctx.samples.size * phase.micro_batch_size
             console.note(
                 f"{plan.microbatches} microbatches for {ctx.pipeline.size} pipeline ranks leave a bubble of "
                 f"{simulate(plan).bubble:.0%}; {where}.global_batch_size {enough} would give each rank one"

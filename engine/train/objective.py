@@ -66,7 +66,7 @@ def count_tokens(batches: Sequence[MicroBatch], plan: Plan, ctx: ParallelContext
     DataError on all ranks if a weight is negative or not finite, or if no label counts.
     """
     counts = count_labels(batches)
-    if ctx.data.size > 1:  # over the world: the data axis may still be gathering the weights of the previous step
+    if ctx.data_context.size > 1:  # over the world: this axis may still be gathering the weights of the previous step
         counts = all_reduce_(counts.to(ctx.device) * float(contributes_loss(plan, ctx)), ctx.world)
     counted = checked_counts(counts.tolist())
     if counted.number == 0:
@@ -100,14 +100,14 @@ class GlobalBatch:
         plan = forward_only(self.plan, len(self.batches))
         batches = [replace(b, weights=w, shares=None) for b, w in zip(self.batches, weights, strict=True)]
         mine = execute(plan, self.stages, self.ctx, batches).losses.flatten()
-        whole = mine.new_zeros(self.ctx.data.size, len(mine))
-        whole[self.ctx.data.rank] = mine * float(contributes_loss(self.plan, self.ctx))
+        whole = mine.new_zeros(self.ctx.samples.size, len(mine))
+        whole[self.ctx.samples.rank] = mine * float(contributes_loss(self.plan, self.ctx))
         return all_reduce_(whole, self.ctx.world).flatten()
 
     def of_this_rank(self, values: Tensor) -> list[Tensor]:
         """Values of all samples [samples, ...] -> for each of `batches`, those of its samples [b, ...]."""
         sizes = [len(b.tokens) for b in self.batches]
-        return list(values.chunk(self.ctx.data.size)[self.ctx.data.rank].split(sizes))
+        return list(values.chunk(self.ctx.samples.size)[self.ctx.samples.rank].split(sizes))
 
 
 @dataclass(frozen=True)

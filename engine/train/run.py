@@ -79,8 +79,8 @@ def _loader(state: TrainState, data: TrainingData) -> Loader:
     share = RankShare(
         data.order,
         state.phases,
-        data_rank=ctx.data.rank,
-        data_size=ctx.data.size,
+        data_rank=ctx.samples.rank,
+        data_size=ctx.samples.size,
         transforms=data.transforms,
     )
     return Loader(share, prefetch=cfg.data.prefetch)

@@ -96,8 +96,8 @@ def random_batches(cfg: Config, ctx: ParallelContext, step: int) -> list[MicroBa
     counted = torch.from_numpy(rng.integers(0, s + 1, g))
     counted[step % g], counted[(step + 3) % g] = 0, s
     mask = torch.arange(s)[None, :] < counted[:, None]
-    local, mbs = g // ctx.data.size, phase.micro_batch_size
-    parts = [slice(i, i + mbs) for i in range(ctx.data.rank * local, (ctx.data.rank + 1) * local, mbs)]
+    local, mbs = g // ctx.samples.size, phase.micro_batch_size
+    parts = [slice(i, i + mbs) for i in range(ctx.samples.rank * local, (ctx.samples.rank + 1) * local, mbs)]
     numbers = torch.arange(step * g, (step + 1) * g)
     return [micro_batch(rows[p, :-1].contiguous(), rows[p, 1:].contiguous(), mask[p], numbers[p]) for p in parts]
 

@@ -82,8 +82,8 @@ MUTATIONS = [
         "named_sum_on_every_tensor_rank",
         "a named sum is added once per tensor rank, the loss once",
         "engine.pipeline.executor:local_totals",
-        "mine * float(ctx.tensor.rank == 0)",
-        "torch.cat((mine[:1] * float(ctx.tensor.rank == 0), mine[1:]))",
+        "mine * float(ctx.same_tokens.rank == 0)",
+        "torch.cat((mine[:1] * float(ctx.same_tokens.rank == 0), mine[1:]))",
         small("replicated"),
     ),
     Mutation(

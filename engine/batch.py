@@ -91,7 +91,8 @@ class Sequence:
     document masking; None: each row is one document. causal: tokens attend to themselves and to earlier tokens only.
     window: sliding window, tokens attend only to tokens less than `window` positions away; 0: no limit. An attention
     may have fewer queries than keys: the queries are the last ones. draws: for dropout; None: nothing is drawn, as in
-    validation. dropout: of the attention weights in this layer.
+    validation. dropout: of the attention weights in this layer. first, whole_len: if ranks split the positions, this
+    rank's tokens are [first, first + s) of whole_len (`part`); 0, 0: it has all.
     """
 
     positions: Tensor
@@ -100,12 +101,26 @@ class Sequence:
     window: int = 0
     draws: Draws | None = None
     dropout: AttentionDropout | None = None
+    first: int = 0
+    whole_len: int = 0
     _derived: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def of_rows(seq_len: int, documents: Documents | None = None, *, device: torch.device | None = None) -> Sequence:
         """A causal sequence with positions 0 .. seq_len - 1 in every row."""
         return Sequence(torch.arange(seq_len, device=device)[None], documents)
+
+    @property
+    def length(self) -> int:
+        """Number of positions of each sample, over all ranks that split them."""
+        return self.whole_len or self.positions.shape[1]
+
+    def part(self, first: int, end: int) -> Sequence:
+        """The sequence for queries at the positions [first, end), and keys [0, end): what they can attend to."""
+        assert self.causal and not self.whole_len
+        documents = None if self.documents is None else Documents.from_starts(self.documents.starts[:, :end])
+        positions, length = self.positions[:, first:end], self.length
+        return replace(self, positions=positions, documents=documents, first=first, whole_len=length, _derived={})
 
     def map(self, move: Callable[[Tensor], Tensor]) -> Sequence:
         """The same sequence with each tensor changed by `move`, such as to another device."""
@@ -134,7 +149,8 @@ class Sequence:
     def places(self, first: int, count: int, features: int, offset: int, width: int) -> Places:
         """The places (ops.draws) of elements [sample, position, feature], in rows as of a tensor [count, b, width].
 
-        The positions are [first, first + count), the features [offset, offset + width) of `features`. Cached.
+        The positions are [first, first + count) of this sequence, the features [offset, offset + width) of `features`.
+        Cached.
         """
         return self._cached(
             lambda: self._places(first, count, features, offset, width), "places", first, count, features, offset, width
@@ -142,8 +158,8 @@ class Sequence:
 
     def _places(self, first: int, count: int, features: int, offset: int, width: int) -> Places:
         assert self.draws is not None
-        position = torch.arange(first, first + count, device=self.draws.samples.device)
-        token = self.draws.samples * self.positions.shape[1] + position[:, None]
+        position = torch.arange(first, first + count, device=self.draws.samples.device) + self.first
+        token = self.draws.samples * self.length + position[:, None]
         return Places((token * features + offset).flatten(), width)
 
     def attention_places(self, heads: int, queries: int, keys: int) -> Places:
@@ -158,8 +174,8 @@ class Sequence:
         device = self.draws.samples.device
         head = torch.arange(self.dropout.first, self.dropout.first + heads, device=device)
         query = torch.arange(keys - queries, keys, device=device)
-        row = (self.draws.samples[:, None] * self.dropout.heads + head)[..., None] * keys + query
-        return Places((row * keys).flatten(), keys)
+        row = (self.draws.samples[:, None] * self.dropout.heads + head)[..., None] * self.length + query
+        return Places((row * self.length).flatten(), keys)
 
     def attention_draw(self) -> tuple[Key, float]:
         """The key and the probability of this layer's dropout of attention weights."""
@@ -246,6 +262,17 @@ class MicroBatch:
         tokens, labels, weights, samples = map(move, (self.tokens, self.labels, self.weights, self.samples))
         shares = None if self.shares is None else move(self.shares)
         return MicroBatch(tokens, labels, weights, samples, self.sequence.map(move), sources, shares)
+
+    def part(self, rank: int, size: int) -> MicroBatch:
+        """The positions of a rank, if `size` ranks split those of every sample: equal runs, in order."""
+        if size == 1:
+            return self
+        run = self.tokens.shape[1] // size
+        mine = slice(rank * run, (rank + 1) * run)
+        tokens, labels, weights = (x[:, mine] for x in (self.tokens, self.labels, self.weights))
+        shares, sequence = self.shares, self.sequence.part(mine.start, mine.stop)
+        shares = None if shares is None else shares[:, mine]
+        return replace(self, tokens=tokens, labels=labels, weights=weights, shares=shares, sequence=sequence)
 
     def drawing(self, seed: int, step: int) -> MicroBatch:
         """The same data for a training step that draws random numbers. seed: of the run; step: counts from 1."""

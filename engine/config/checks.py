@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Iterator
 
-from engine.config.derived import BALANCED, NOT_BUILT, chunks_of, degrees_of, model_ranks, sample_ranks
+from engine.config.derived import BALANCED, NOT_BUILT, chunks_of, degrees_of, model_ranks, sample_degrees
 from engine.config.model_checks import fp8_errors, model_errors, multiples_near, seq_len_errors
 from engine.config.objective_table import OBJECTIVES
 from engine.config.phase_checks import ordered_phases, phase_errors
@@ -56,12 +56,10 @@ def _skip_errors(cfg: Config) -> Iterator[FieldError]:
 
 def _parallel_errors(cfg: Config, world: int, plan: Plan | PlanError | None) -> Iterator[FieldError]:
     p = cfg.parallel
-    for name in NOT_BUILT:
+    for name, problem in NOT_BUILT.items():
         degree = getattr(p, name)
         if degree > 1:
-            yield FieldError(
-                "config.not-built", f"parallel.{name}", degree, f"{name} parallelism is not built yet", "Use 1."
-            )
+            yield FieldError("config.not-built", f"parallel.{name}", degree, problem, "Use 1.")
     shards, degrees = model_ranks(p), degrees_of(p)
     wanted = shards * (p.data or 1)
     if p.data and wanted != world:
@@ -99,7 +97,7 @@ def _schedule_errors(cfg: Config, world: int, plan: Plan | PlanError | None) -> 
         )
         return
     if plan is not None:
-        wanted = ordered_phases(cfg).at(1).microbatches(sample_ranks(p, world))
+        wanted = ordered_phases(cfg).at(1).microbatches(math.prod(sample_degrees(p, world).values()))
         if (plan.num_ranks, plan.microbatches) != (p.pipeline, wanted):
             have = f"is a plan for {plan.num_ranks} ranks and {plan.microbatches} micro-batches"
             want = f"--ranks {p.pipeline} --microbatches {wanted}"

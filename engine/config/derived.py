@@ -20,7 +20,11 @@ from engine.pipeline.actions import Plan
 from engine.pipeline.schedules import SCHEDULES, build, load_plan
 
 BALANCED = "balanced"  # parallel.layers, before it is resolved
-NOT_BUILT = ("context", "expert")  # degrees that engine.config.checks rejects above 1
+# Degrees that engine.config.checks rejects above 1, and why.
+NOT_BUILT = {
+    "context": "context parallelism is not built yet",
+    "expert": "expert parallelism is not built yet",
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def derive(config: Config, plan: Plan | None = None) -> Derived:
     Raises PlanError if the plan file cannot be read or is not a plan.
     """
     p, phases = config.parallel, phases_of(config)
-    counts = {phase.microbatches(sample_ranks(p)) for phase in phases.phases}
+    counts = {phase.microbatches(math.prod(sample_degrees(p).values())) for phase in phases.phases}
     if p.schedule in SCHEDULES:
         plans = {count: build(p.schedule, p.pipeline, p.chunks, count) for count in sorted(counts)}
     else:
@@ -77,10 +81,15 @@ def model_ranks(p: ParallelConfig) -> int:
     return math.prod(degree for axis, degree in degrees_of(p).items() if axis != "data")
 
 
-def sample_ranks(p: ParallelConfig, world: int = 1) -> int:
-    """Number of ranks that split the samples of a global batch. world: number of ranks, if the data degree is 0."""
+def position_ranks(p: ParallelConfig) -> int:
+    """Number of ranks that split the positions of each sample."""
+    return math.prod(degrees_of(p)[axis] for axis in axes_that_split(Splits.POSITIONS))
+
+
+def sample_degrees(p: ParallelConfig, world: int = 1) -> dict[str, int]:
+    """The degrees that split the samples of a global batch. world: number of ranks, if the data degree is 0."""
     degrees = degrees_of(p) | {"data": data_degree(p, world)}
-    return math.prod(degrees[axis] for axis in axes_that_split(Splits.SAMPLES))
+    return {axis: degrees[axis] for axis in axes_that_split(Splits.SAMPLES)}
 
 
 def data_degree(p: ParallelConfig, world: int) -> int:

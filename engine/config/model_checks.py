@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from engine.config.derived import with_heads
+from engine.config.derived import position_ranks, with_heads
 from engine.config.phases import ROPE_SCALES
 from engine.config.schema import Config, ModelConfig
 from engine.errors import FieldError
@@ -166,15 +166,19 @@ def _nearest_tensor(m: ModelConfig, to: int) -> int:
 
 
 def seq_len_errors(cfg: Config) -> Iterator[FieldError]:
-    """Errors of train.seq_len with the model and the tensor ranks."""
+    """Errors of train.seq_len with the model, and with the ranks that split positions or shard the sequence."""
     t, p = cfg.train, cfg.parallel
-    if p.sequence and t.seq_len % p.tensor and not cfg.model.num_heads % p.tensor:
+    if t.seq_len % (runs := position_ranks(p)):
+        problem = f"is not a multiple of the {runs} ranks that split the positions of a sample"
+        fix = f"Use {multiples_near(t.seq_len, runs)}."
+        yield FieldError("config.seq-len-not-a-multiple", "train.seq_len", t.seq_len, problem, fix)
+    elif p.sequence and t.seq_len // runs % p.tensor and not cfg.model.num_heads % p.tensor:
         yield FieldError(
             "config.seq-len-not-a-multiple",
             "train.seq_len",
             t.seq_len,
             f"is not a multiple of parallel.tensor = {p.tensor}, whose ranks shard the sequence",
-            f"Use {multiples_near(t.seq_len, p.tensor)}, or parallel.sequence false.",
+            f"Use {multiples_near(t.seq_len, runs * p.tensor)}, or parallel.sequence false.",
         )
     if t.seq_len > cfg.model.max_seq_len:
         yield FieldError(

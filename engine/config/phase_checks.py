@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from engine.config.derived import sample_ranks, with_heads
+from engine.config.derived import sample_degrees, with_heads
 from engine.config.mixture import Mixture, too_small
 from engine.config.model_checks import fp8_errors, multiples_near, position_errors, seq_len_errors
 from engine.config.phases import ROPE, ROPE_SCALES, Phase, Phases, model_of, phases_of
 from engine.config.schema import Config, ModelConfig
+from engine.distributed.layout import describe
 from engine.errors import FieldError
 from engine.pipeline.actions import Plan
 
@@ -20,7 +22,7 @@ def phase_errors(cfg: Config, world: int, plan: Plan | None) -> Iterator[FieldEr
     """Errors of the phases of a config for `world` ranks, [train] included. plan: of a plan file that fits step 1."""
     yield from _order_errors(cfg)
     phases = ordered_phases(cfg)
-    yield from _batch_errors(phases, sample_ranks(cfg.parallel, world), plan)
+    yield from _batch_errors(phases, sample_degrees(cfg.parallel, world), plan)
     yield from _shape_errors(cfg, phases)
     yield from _rope_errors(cfg, phases)
 
@@ -46,11 +48,12 @@ def _order_errors(cfg: Config) -> Iterator[FieldError]:
         before = max(before, row.from_step or 0)
 
 
-def _batch_errors(phases: Phases, data: int, plan: Plan | None) -> Iterator[FieldError]:
-    """Errors of batch sizes that the data ranks, or the plan of a file, cannot split.
+def _batch_errors(phases: Phases, degrees: Mapping[str, int], plan: Plan | None) -> Iterator[FieldError]:
+    """Errors of batch sizes that the ranks of these axes of samples, or the plan of a file, cannot split.
 
     The first phase is checked, and each that changes a size; an error is at the row of the config that does so.
     """
+    ranks, axes = math.prod(degrees.values()), describe(degrees)
     before, tables = None, dict.fromkeys(_SIZES, "train")  # tables: the row that gives each size
     for phase in phases.phases:
         given = [name for name in _SIZES if name in phase.given]
@@ -58,17 +61,17 @@ def _batch_errors(phases: Phases, data: int, plan: Plan | None) -> Iterator[Fiel
         sizes = [getattr(phase, name) for name in _SIZES]
         if sizes == before:
             continue
-        name, slice_, first = (given or _SIZES)[0], data * phase.micro_batch_size, before is None
+        name, slice_, first = (given or _SIZES)[0], ranks * phase.micro_batch_size, before is None
         path, value, before = f"{tables[name]}.{name}", getattr(phase, name), sizes
         if phase.global_batch_size % slice_:
             near, of_micro = multiples_near(phase.global_batch_size, slice_), f"{tables[_SIZES[1]]}.{_SIZES[1]}"
-            problem = f"is not a multiple of data {data} x {of_micro} {phase.micro_batch_size}"
+            problem = f"is not a multiple of {axes} x {of_micro} {phase.micro_batch_size}"
             if name != _SIZES[0]:
-                problem = f"x data {data} = {slice_} does not divide the global batch of {phase.global_batch_size}"
+                problem = f"x {axes} = {slice_} does not divide the global batch of {phase.global_batch_size}"
             fix = f"Use {near}." if name == _SIZES[0] else f"Use {tables[name]}.{_SIZES[0]} {near}."
             yield FieldError("config.batch-not-a-multiple", path, value, problem, fix)
-        elif plan is not None and not first and phase.microbatches(data) != plan.microbatches:
-            problem = f"needs {phase.microbatches(data)} micro-batches; the plan file always has {plan.microbatches}"
+        elif plan is not None and not first and phase.microbatches(ranks) != plan.microbatches:
+            problem = f"needs {phase.microbatches(ranks)} micro-batches; the plan file always has {plan.microbatches}"
             fix = "Keep global_batch_size / micro_batch_size, or name a schedule, which is built for each phase."
             yield FieldError("config.plan-does-not-fit", path, value, problem, fix)
 

@@ -112,7 +112,7 @@ class Transformer(ModelPart):
             if self.positions is not None:
                 x = self.positions(x, sequence)
             x = self.dropout(x, sequence)
-        table = rope_at(self._rope_for(sequence.positions.shape[1]), sequence.positions)
+        table = rope_at(self._rope_for(sequence.length), sequence.positions)
         sequence = sequence.for_one_forward()
         for block in self.layers.values():
             x = block(x, table, sequence)

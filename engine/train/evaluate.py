@@ -132,7 +132,8 @@ class Evaluator:
         if len(whole) < len(samples):
             rows[len(whole), : self.order.tail + 1] = torch.from_numpy(self.order.gather_tail())
             weights[len(whole), : self.order.tail] = 1
-        batches = micro_batches(Rows(rows, weights, numbers, torch.zeros_like(numbers)), mbs, self.transforms)
+        whole_batches = micro_batches(Rows(rows, weights, numbers, torch.zeros_like(numbers)), mbs, self.transforms)
+        batches = [b.part(self.ctx.positions.rank, self.ctx.positions.size) for b in whole_batches]
         there = [batch.to(self.ctx.device) for batch in batches]
         done = execute(forward_only(self.plan, len(there)), self.stages, self.ctx, there)
         self.names = tuple(done.sums)

@@ -41,7 +41,7 @@ class StepResult:
 def train_step(
     state: TrainState, batches: Sequence[MicroBatch], *, traced: bool = False, num_sources: int = 0
 ) -> StepResult:
-    """One optimizer step on this data rank's microbatches; identical results on all ranks.
+    """One optimizer step on this rank's share of the samples; identical results on all ranks.
 
     num_sources: number of sources of a blend, to report a loss for each; 0 for none.
 
@@ -50,6 +50,7 @@ def train_step(
     only skips the step and halves the loss scale.
     """
     cfg, ctx, scale = state.cfg, state.ctx, state.scale.value
+    batches = [b.part(ctx.positions.rank, ctx.positions.size) for b in batches]
     counted = count_tokens(batches, state.plan, ctx)
     state.enter(state.phase)
     there = [b.to(ctx.device).drawing(cfg.train.seed, state.step + 1) for b in batches]

@@ -72,8 +72,8 @@ MUTATIONS = [
         "dropout_mask_by_local_sample",
         "all micro-batches and data ranks draw the same masks for their samples",
         "engine.batch:Sequence._places",
-        "self.draws.samples * self.positions.shape[1]",
-        "torch.arange(len(self.draws.samples)) * self.positions.shape[1]",
+        "self.draws.samples * self.length",
+        "torch.arange(len(self.draws.samples)) * self.length",
         PLAIN,
     ),
     Mutation(

@@ -138,8 +138,8 @@ MUTATIONS = [
         "rope_ignores_the_positions",
         "RoPE rotates by the index in the row, whatever positions the batch has",
         "engine.model.transformer:Transformer.hidden",
-        "rope_at(self._rope_for(sequence.positions.shape[1]), sequence.positions)",
-        "rope_at(self._rope_for(sequence.positions.shape[1]), torch.arange(sequence.positions.shape[1])[None])",
+        "rope_at(self._rope_for(sequence.length), sequence.positions)",
+        "rope_at(self._rope_for(sequence.length), torch.arange(sequence.positions.shape[1])[None])",
         ("test_rope_reads_the_positions_of_the_sequence",),
     ),
     Mutation(

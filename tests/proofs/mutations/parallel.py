@@ -7,6 +7,8 @@ from .patch import Mutation
 
 LATE = ("test_pending_collectives_are_waited_for[1-0.01]",)
 
+CONTEXT = ("test_context_parallelism_equals_one_process[context 2]",)
+
 MUTATIONS = [
     Mutation(
         "tied_gradient_not_summed_over_the_stages",
@@ -95,5 +97,45 @@ MUTATIONS = [
         "[unit for unit in found if unit]",
         "[a + b for a, b in zip(found[::2], [*found[1::2], []])]",
         ("test_a_bucket_belongs_to_one_unit",),
+    ),
+    Mutation(
+        "positions_read_from_the_first_rank_only",
+        "where ranks split positions, only the first of them counts its labels and losses",
+        "engine.pipeline.executor:contributes_loss",
+        "ctx.same_tokens.rank == 0",
+        "ctx.same_tokens.rank == ctx.positions.rank == 0",
+        CONTEXT,
+    ),
+    Mutation(
+        "positions_counted_from_zero_on_each_rank",
+        "every rank that splits positions rotates by those of the first",
+        "engine.batch:Sequence.part",
+        "self.positions[:, first:end]",
+        "self.positions[:, : end - first]",
+        CONTEXT,
+    ),
+    Mutation(
+        "labels_of_another_part",
+        "a rank that splits positions trains on the labels of the first part",
+        "engine.batch:MicroBatch.part",
+        "(x[:, mine] for x in (self.tokens, self.labels, self.weights))",
+        "(x[:, m] for x, m in ((self.tokens, mine), (self.labels, slice(run)), (self.weights, mine)))",
+        CONTEXT,
+    ),
+    Mutation(
+        "dropout_of_the_first_part",
+        "every rank that splits positions drops the elements of the first",
+        "engine.batch:Sequence._places",
+        "torch.arange(first, first + count, device=self.draws.samples.device) + self.first",
+        "torch.arange(first, first + count, device=self.draws.samples.device)",
+        ("test_documents_windows_dropout_and_recomputation_over_a_split_sequence",),
+    ),
+    Mutation(
+        "second_axis_of_samples_reads_the_same",
+        "the ranks of a second axis that splits samples read what the first reads, as with data parallelism alone",
+        "engine.distributed.layout:Layout.axes",
+        "self.block(samples, rank)",
+        'self.group("data", rank)',
+        ("test_an_axis_of_another_kind_equals_one_process[samples]",),
     ),
 ]

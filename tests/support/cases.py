@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.batch import MicroBatch, Sequence
+from engine.batch import Documents, MicroBatch, Sequence
 from engine.config.derived import derive
 from engine.config.load import Resolved, load
 from engine.config.phases import phases_of
@@ -99,7 +99,16 @@ def random_batches(cfg: Config, ctx: ParallelContext, step: int) -> list[MicroBa
     local, mbs = g // ctx.samples.size, phase.micro_batch_size
     parts = [slice(i, i + mbs) for i in range(ctx.samples.rank * local, (ctx.samples.rank + 1) * local, mbs)]
     numbers = torch.arange(step * g, (step + 1) * g)
-    return [micro_batch(rows[p, :-1].contiguous(), rows[p, 1:].contiguous(), mask[p], numbers[p]) for p in parts]
+    sequences = [Sequence.of_rows(s) for _ in parts]
+    if cfg.data.separate_documents:
+        begins = torch.from_numpy(rng.random((g, s)) < 0.2) * torch.arange(s)
+        starts = begins.cummax(1).values
+        sequences = [Sequence.of_rows(s, Documents.from_starts(starts[p])) for p in parts]
+    tokens, labels = rows[:, :-1], rows[:, 1:]
+    return [
+        micro_batch(tokens[p].contiguous(), labels[p].contiguous(), mask[p], numbers[p], sequence)
+        for p, sequence in zip(parts, sequences, strict=True)
+    ]
 
 
 def micro_batch(

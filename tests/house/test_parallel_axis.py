@@ -10,8 +10,10 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from torch import Tensor
 from engine.batch import Documents, MicroBatch, Sequence
 from engine.config.derived import NOT_BUILT, derive
 from engine.config.schema import Config, LayerConfig
+from engine.data.samples.indexed_writer import IndexedWriter
 from engine.distributed.collectives import all_gather, reduce_scatter_start
 from engine.distributed.context import Axis, ParallelContext
 from engine.distributed.layout import AXES, Layout, Splits, describe
@@ -27,9 +30,10 @@ from engine.model.attention import Attention
 from engine.model.build import MIXERS
 from engine.model.layers import Build
 from engine.planner.memory import workload
+from engine.train.run import open_run
 from engine.train.state import TrainState, setup
 from engine.train.step import train_step
-from tests.support.cases import assemble, config, gradients_of, layout_of, max_relative_error, random_batches
+from tests.support.cases import assemble, config, gradients_of, layout_of, max_relative_error, random_batches, resolve
 from tests.support.errors import raises
 from tests.support.harness import run_ranks
 from tests.support.paths import ROOT
@@ -144,6 +148,38 @@ def test_an_axis_of_another_kind_equals_one_process(splits: Splits, monkeypatch:
     """A second axis of samples, as expert parallelism has; and one over which everything is replicated."""
     monkeypatch.setitem(AXES, "context", splits)
     equals_one_process(LEAN, context=2, data=2)
+
+
+@pytest.mark.usefixtures("context")
+@pytest.mark.parametrize("splits", [Splits.POSITIONS, Splits.SAMPLES])
+def test_a_run_reads_and_validates_over_an_axis(
+    splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loader of a run and the evaluator share the samples, or each sample, as one process reads them."""
+    monkeypatch.setitem(AXES, "context", splits)
+    rng = np.random.default_rng(3)
+    with IndexedWriter(tmp_path / "corpus", vocab_size=61) as writer:
+        for length in rng.integers(1, 40, 9):
+            writer.add(rng.integers(0, 61, length))
+        writer.finish({})
+    corpus = str(tmp_path / "corpus")
+    options = LEAN | {"data_train": corpus, "data_valid": corpus, "run_dir": str(tmp_path / "run")}
+
+    def run(world: int) -> list[float]:
+        resolved = resolve(world, **options, parallel_context=world)
+
+        def job(ctx: ParallelContext) -> list[float]:
+            with open_run(resolved, ctx) as run:
+                done = train_step(run.state, next(run.loader))
+                assert run.evaluator is not None
+                score = run.evaluator.run(0)
+            return [done.loss, done.tokens, done.norms.norm, score.loss, score.tokens, score.sums["z_loss"]]
+
+        ranks = run_ranks(layout_of(resolved.config), job)
+        assert all(rank == ranks[0] for rank in ranks)
+        return ranks[0]
+
+    assert run(2) == pytest.approx(run(1), rel=1e-11)
 
 
 @pytest.mark.usefixtures("built")

@@ -138,4 +138,20 @@ MUTATIONS = [
         'self.group("data", rank)',
         ("test_an_axis_of_another_kind_equals_one_process[samples]",),
     ),
+    Mutation(
+        "second_axis_of_samples_loads_the_same",
+        "the loader of a run divides the samples over the data axis alone",
+        "engine.train.run:_loader",
+        "ctx.samples.rank",
+        "ctx.data.rank",
+        ("test_a_run_reads_and_validates_over_an_axis[samples]",),
+    ),
+    Mutation(
+        "validation_of_all_positions_on_each_rank",
+        "where ranks split positions, validation counts every label on each of them",
+        "engine.train.evaluate:Evaluator._chunk",
+        "[b.part(self.ctx.positions.rank, self.ctx.positions.size) for b in whole_batches]",
+        "whole_batches",
+        ("test_a_run_reads_and_validates_over_an_axis[positions]",),
+    ),
 ]

@@ -170,7 +170,8 @@ def _kernels() -> Iterator[Finding]:
         yield _attention(device)
         for check in selftest.check_ops(device):
             kernel = "custom kernel" if check.custom else "torch"
-            error = f"max error {check.difference:.1e}, tolerance {check.tolerance:.0e}"
+            tolerance = f"{check.tolerance:.0e}" if check.tolerance else "0: all bits"
+            error = f"max error {check.difference:.1e}, tolerance {tolerance}"
             text = f"{check.name}: {kernel}; {check.error or error}"
             yield Finding(f"op on {device.type}", text + " WRONG" * check.broken, broken=check.broken)
 

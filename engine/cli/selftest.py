@@ -1,5 +1,6 @@
 """Compare each operation of a training step, in float32 and bf16, with torch's code in float64.
 
+Random draws and dropout must have the bits of the reference on the CPU: ranks on different machines rely on them.
 Small and quick: it finds a kernel that is miscompiled or wrong on this machine; rare shapes are left to the tests.
 Which implementation ran is observed at the dispatcher, so the selection logic exists only once.
 """
@@ -21,7 +22,7 @@ from engine.distributed.context import make_context
 from engine.distributed.layout import Layout
 from engine.distributed.sharding import Parameter
 from engine.distributed.specs import Chunk, ShardSpec
-from engine.ops import native
+from engine.ops import draws, native
 from engine.ops.activation import activation
 from engine.ops.attention import attention_case, select_core
 from engine.ops.embedding import embedding
@@ -81,15 +82,18 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, documents: bool = False, window:
     return select_core("auto", case)(q, k, v, sequence.with_window(window))
 
 
-def _loss(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+def _loss(x: Tensor, weight: Tensor, z_loss: float = 0.0) -> tuple[Tensor, ...]:
     x = x.detach().requires_grad_()
     head = Parameter(weight.detach(), ShardSpec((Chunk("head", tuple(weight.shape)),)))
     targets = torch.arange(x.shape[0] * x.shape[1], device=x.device).view(x.shape[:2]) * 7
     part, weights = VocabSlice(0, len(weight) - 3, _SELF), torch.linspace(0, 1, targets.numel(), device=x.device)
-    losses = linear_cross_entropy(x, head, targets, weights.view(targets.shape), part, _SELF, _SELF)[0]
-    losses.sum().backward()
+    weights = weights.view(targets.shape)
+    z_weights = z_loss * weights.flip(0) if z_loss else None
+    found = linear_cross_entropy(x, head, targets, weights, part, _SELF, _SELF, z_weights)
+    losses = [loss for loss in found if loss is not None]
+    torch.stack(losses).sum().backward()
     assert x.grad is not None and head.grad is not None
-    return losses.detach(), x.grad, head.grad
+    return *(loss.detach() for loss in losses), x.grad, head.grad
 
 
 def _matmul(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
@@ -106,6 +110,23 @@ def _embedding(weight: Tensor) -> tuple[Tensor, ...]:
     out.backward(0.3 * out.detach())
     assert table.grad is not None
     return table.grad, out.detach()
+
+
+def _places(x: Tensor) -> draws.Places:
+    """Rows of any alignment, the last beyond 2^32 elements."""
+    starts = torch.arange(len(x), device=x.device) * (x.shape[1] + 3) + 61
+    starts[-1] += 2**40
+    return draws.Places(starts, x.shape[1])
+
+
+def _draws(x: Tensor) -> tuple[Tensor, ...]:
+    key, places = draws.Key.of(1, "selftest"), _places(x)
+    real = [draw(key, places).to(x.dtype) for draw in (draws.uniform, draws.normal)]
+    return draws.bits(key, places), *real, draws.keep(key, places, 0.3)
+
+
+def _dropout(x: Tensor) -> Tensor:
+    return draws.dropout(x, draws.Key.of(1, "selftest"), _places(x), 0.3)
 
 
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -156,28 +177,34 @@ OPS: dict[str, tuple[Op, Shapes]] = {
     "matmul": (_matmul, [(37, 90), (70, 90)]),
     "embedding": (_embedding, [(8, 33)]),
     "cross entropy": (_loss, [(15, 2, 20), (300, 20)]),
+    "cross entropy with z-loss": (partial(_loss, z_loss=0.1), [(15, 2, 20), (300, 20)]),
+    "keyed draws": (_draws, [(33, 70)]),
+    "dropout": (_dropout, [(33, 70)]),
     "gradient norm": (_gradient_norm, [(33, 65)]),
     "AdamW": (_adamw, [(33, 65)] * 4),
 }
+
+BITWISE = ("keyed draws", "dropout")  # of OPS: compared with the reference in the same dtype on the CPU
 
 
 def check_ops(device: torch.device) -> Iterator[OpCheck]:
     """Check every op of OPS on this device, in float32 and in bf16."""
     for name, (op, shapes) in OPS.items():
         for dtype in TOLERANCE:
-            yield _check_op(name if dtype == torch.float32 else f"{name} in bf16", op, shapes, device, dtype)
+            yield _check_op(name, op, shapes, device, dtype)
 
 
-def _check_op(name: str, op: Op, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> OpCheck:
+def _check_op(op_name: str, op: Op, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> OpCheck:
+    name, bitwise = op_name if dtype == torch.float32 else f"{op_name} in bf16", op_name in BITWISE
     draw = torch.Generator().manual_seed(1)
     inputs = [torch.randn(shape, generator=draw, device="cpu").to(device, dtype) for shape in shapes]
-    watch, tolerance = _OpObserver(), TOLERANCE[dtype]
+    watch, tolerance = _OpObserver(), 0.0 if bitwise else TOLERANCE[dtype]
     try:
         with watch, native.forced(kernels=native.load()[0] is not None):
             found = _run(op, inputs)
         with native.forced(kernels=False):
-            exact = _run(op, [x.double() for x in inputs])
-        difference = max(_difference(a, b) for a, b in zip(found, exact, strict=True))
+            exact = _run(op, [x.cpu() if bitwise else x.double() for x in inputs])
+        difference = max(_difference(a.to(b.device), b) for a, b in zip(found, exact, strict=True))
         return OpCheck(name, watch.custom, difference, tolerance=tolerance)
     except Exception as error:  # any error: the next op must still be checked
         return OpCheck(
@@ -199,4 +226,5 @@ def _run(op: Op, inputs: list[Tensor]) -> list[Tensor]:
 def _difference(a: Tensor, exact: Tensor) -> float:
     if a.shape != exact.shape or not a.isfinite().all():
         return float("inf")
+    exact = exact.double()
     return float((a.double() - exact).abs().max() / exact.abs().max().clamp_min(1.0))

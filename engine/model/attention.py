@@ -45,7 +45,7 @@ class Attention(nn.Module):
         t = ctx.tensor.size
         self.n, self.m, self.d = cfg.num_heads // t, max(1, cfg.num_kv_heads // t), cfg.head_dim
         self.qkv, self.out = ColumnLinear(specs.qkv, build), RowLinear(specs.out, build)
-        p = backends.attention_dropout
+        p = build.attention_dropout
         case = _case(layer, ctx, backends.documents, p)
         self.dropout = AttentionDropout(p, f"{name}.weights", cfg.num_heads, ctx.tensor.rank * self.n)
         self.window, self.attend = layer.window, select_core(backends.attention, case)

@@ -23,7 +23,7 @@ class MLP(nn.Module):
         cfg, specs = layer.model, MLPSpecs.of(layer, build.tensor, name)
         self.up, self.down = ColumnLinear(specs.up, build), RowLinear(specs.down, build)
         self.activation = build.backends.fuse(activation(cfg.activation, cfg.gated_mlp))
-        self.dropout = Dropout(build.backends.dropout, f"{name}.inner", build.ctx.self_axis, build.ctx.tensor)
+        self.dropout = Dropout(build.dropout, f"{name}.inner", build.ctx.self_axis, build.ctx.tensor)
 
     def forward(self, x: Tensor, sequence: Sequence, recipe: RecomputeRecipe | None = None) -> Tensor:
         """recipe: recompute x in the backward instead of saving it; the activation is then recomputed too."""

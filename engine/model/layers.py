@@ -47,15 +47,13 @@ class ComputeBackends:
 
     attention: implementation name (ops.attention) or "auto", by which each layer chooses its core. documents: with
     document masking. matmul: matmuls of the linear layers. fuse: wrapper for the functions between matmuls, attention
-    and collectives: the identity or torch.compile. dropout, attention_dropout: probabilities, as in TrainConfig.
+    and collectives: the identity or torch.compile.
     """
 
     attention: str = "auto"
     documents: bool = False
     matmul: MatmulBackend = PLAIN_MATMUL
     fuse: Callable[[Callable[..., Any]], Callable[..., Any]] = _identity
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
 
 
 DEFAULT_BACKENDS = ComputeBackends()
@@ -66,6 +64,7 @@ class Build:
     """What the modules of a stage are built with, in addition to their own settings and specs.
 
     recompute: mode of the block that is being built (RecomputePolicy.mode_of). z_loss: coefficient of the z-loss.
+    dropout, attention_dropout: probabilities, as in TrainConfig.
     """
 
     ctx: ParallelContext
@@ -73,6 +72,8 @@ class Build:
     backends: ComputeBackends = DEFAULT_BACKENDS
     recompute: str = "none"
     z_loss: float = 0.0
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
 
     @property
     def tensor(self) -> int:

@@ -34,7 +34,9 @@ def build_stages(
     derived: derived from cfg. A parameter is listed only with the first stage that uses it, so a tied embedding is held
     once if the first and the last stage are both on this rank.
     """
-    build = Build(ctx, RecomputePolicy.of(cfg), compute_backends(cfg), z_loss=cfg.train.z_loss)
+    train = cfg.train
+    rates: dict[str, float] = {"dropout": train.dropout, "attention_dropout": train.attention_dropout}
+    build = Build(ctx, RecomputePolicy.of(cfg), compute_backends(cfg), z_loss=train.z_loss, **rates)
     shapes, tied, listed = stage_shapes(derived.layers), None, set()
     for number in derived.first_plan.stages_of(ctx.pipeline.rank):
         part = build_part(cfg.model, build, shapes[number], tied)
@@ -45,9 +47,8 @@ def build_stages(
 
 
 def compute_backends(cfg: Config) -> ComputeBackends:
-    """The backends selected by train.attention, fp8, compile and dropout, and data.separate_documents."""
+    """The backends selected by train.attention, fp8 and compile, and data.separate_documents."""
     train = cfg.train
     matmul = PLAIN_MATMUL if train.fp8 == "none" else Fp8(rowwise=train.fp8 == "rowwise", compile=train.compile)
     backends = ComputeBackends(train.attention, cfg.data.separate_documents, matmul)
-    backends = replace(backends, dropout=train.dropout, attention_dropout=train.attention_dropout)
     return replace(backends, fuse=compiled) if train.compile else backends

@@ -52,7 +52,7 @@ class Block(nn.Module):
 
         def branch(name: str, sublayer: nn.Module) -> Branch:
             norms = tuple(Norm(specs, cfg, build) for specs in branch_norms(layer, name))
-            dropout = Dropout(build.backends.dropout, name, build.ctx.sequence, build.ctx.self_axis)
+            dropout = Dropout(build.dropout, name, build.ctx.sequence, build.ctx.self_axis)
             return BRANCHES[cfg.norm_position](norms, sublayer, dropout, build.recompute == "selective")
 
         self.attention = branch(f"{name}.attention", mixer_of(layer, build, f"{name}.attention"))
@@ -80,7 +80,7 @@ class Transformer(ModelPart):
             weight = new_parameter(vocab_matrix(cfg, tensor, head=False), ctx)
             self.embed = VocabEmbedding(weight, ctx, cfg.hidden_size**0.5 if cfg.scale_embeddings else 1.0)
             self.positions = PositionEmbedding(position_matrix(cfg), ctx) if cfg.positions == "learned" else None
-        self.dropout = Dropout(build.backends.dropout, "embed", ctx.sequence, ctx.self_axis)
+        self.dropout = Dropout(build.dropout, "embed", ctx.sequence, ctx.self_axis)
         layers = layers_of(cfg)
         blocks = (Block(layers[n], build.of_block(i)) for i, n in enumerate(shape.layers))
         self.layers = nn.ModuleDict(dict(zip(map(str, shape.layers), blocks)))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import subprocess
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from tests.csrc.sources import CSRC, KEEP, compile_units, link
 from tests.support.paths import ROOT
 
 EMULATOR = ROOT / "tests/csrc/cuda_emulator"
@@ -20,41 +19,18 @@ EMULATOR = ROOT / "tests/csrc/cuda_emulator"
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
 CHECKED = ["-fsanitize=alignment,signed-integer-overflow,shift,bounds", "-fno-sanitize-recover=all"]
 ALL_CHECKED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
-KEEP = ROOT / "build/cuda_emulated"
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
-def compile_emulated(csrc: Path = ROOT / "csrc", flags: Sequence[str] = CHECKED, keep: Path = KEEP) -> Path:
-    """Build a library of the kernels in `csrc` and the emulator; cached in `keep` under a hash of its sources."""
+def compile_emulated(csrc: Path = CSRC, flags: Sequence[str] = CHECKED, keep: Path = KEEP) -> Path:
+    """Build a library of the kernels in `csrc` and the emulator; kept in `keep` under a hash of its objects."""
     units = [*sorted(csrc.rglob("*.cu")), *sorted(EMULATOR.glob("*.c*"))]
-    texts = [p.read_bytes() for p in (*units, *sorted(csrc.rglob("*.h")), *sorted(EMULATOR.glob("include/*.h")))]
-    key = hashlib.sha256(b"\0".join([*texts, " ".join([*FLAGS, *flags]).encode()])).hexdigest()[:16]
-    folder = keep / key
-    library = folder / "kernels.so"
-    if library.exists():
-        return library
-    folder.mkdir(parents=True, exist_ok=True)
-    mine = str(os.getpid())  # two processes may build the same library at the same time
-
-    def compiled(unit: Path) -> str:
-        target = folder / f"{unit.name}.{mine}.o"
-        includes = [f"-I{EMULATOR / 'include'}", f"-I{csrc}"]
-        run(["g++", *FLAGS, *flags, *includes, "-x", "c++", "-c", str(unit), "-o", str(target)])
-        return str(target)
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, units))
-    draft = folder / f"{mine}.so"
-    run(["g++", *flags, "-shared", *objects, "-o", str(draft)])
-    draft.rename(library)
-    for path in objects:
-        Path(path).unlink()
+    compiling = [*FLAGS, *flags, f"-I{EMULATOR / 'include'}", "-x", "c++"]
+    objects = compile_units(units, compiling, csrc, keep, EMULATOR.glob("include/*.h"))
+    library = keep / f"kernels-{hashlib.sha256(' '.join(objects).encode()).hexdigest()[:16]}.so"
+    if not library.exists():
+        link(objects, [*flags, "-shared"], keep / f"{os.getpid()}.so").rename(library)
     return library
-
-
-def run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[:3000]}"
 
 
 class Kernels:

@@ -11,15 +11,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.csrc.sources import CSRC, KERNELS
+from tests.csrc.sources import CSRC, KERNELS, compile_units, link
 from tests.support.paths import ROOT
 
-FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
+FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1"]
 SUITE = [
     "tests/data/samples/test_order.py",
     "tests/data/samples/test_blend.py",
@@ -96,18 +95,9 @@ def test_it_is_the_sanitized_build_that_runs(sanitized: tuple[Path, dict[str, st
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The CPU kernels and their driver. Without clones, which the loader selects before the sanitizer is ready."""
-    folder = tmp_path_factory.mktemp("kernels")
     flags = [*FLAGS, "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-DNO_CLONES", "-w"]
-
-    def build(source: Path) -> str:
-        target = str(folder / f"{source.stem}.o")
-        subprocess.run(["g++", *flags, f"-I{CSRC}", "-c", str(source), "-o", target], check=True)
-        return target
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(build, [*KERNELS, ROOT / "tests/csrc/ops_driver.cpp"]))
-    subprocess.run(["g++", *flags, *objects, "-o", str(folder / "driver")], check=True)
-    return folder / "driver"
+    objects = compile_units([*KERNELS, ROOT / "tests/csrc/ops_driver.cpp"], flags)
+    return link(objects, flags, tmp_path_factory.mktemp("kernels") / "driver")
 
 
 @pytest.mark.parametrize("rounds", [15, pytest.param(2000, marks=pytest.mark.heavy)])

@@ -26,20 +26,14 @@ CPU = torch.device("cpu")
 needs_ops = pytest.mark.skipif(native.load()[0] is None, reason=native.load()[1])
 
 
-def run(**environment: str) -> subprocess.CompletedProcess[str]:
-    command = [str(Path(sys.executable).parent / "engine"), "doctor"]
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "GLOO_SOCKET_IFNAME")}
-    return subprocess.run(command, env=kept | environment, capture_output=True, text=True, timeout=120, check=False)
-
-
 @pytest.fixture
 def examined(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """Exit code and output of the command in this process; gloo: result of its test."""
+    """Exit code and output of the command in this process. pair: in place of the test between two processes."""
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
-    def call(gloo: str = "") -> tuple[int, str]:
-        monkeypatch.setattr(diagnosis, "try_pair", lambda transport, timeout_s: gloo)
+    def call(pair: Callable[[str, float], str] = lambda transport, timeout_s: "") -> tuple[int, str]:
+        monkeypatch.setattr(diagnosis, "try_pair", pair)
         with pytest.raises(SystemExit) as end:
             main(["doctor"])
         assert isinstance(end.value.code, int)
@@ -49,7 +43,9 @@ def examined(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 
 def test_a_sound_installation() -> None:
-    done = run()
+    command = [str(Path(sys.executable).parent / "engine"), "doctor"]
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "GLOO_SOCKET_IFNAME")}
+    done = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == "" and done.stdout.splitlines()[-1] == "nothing is broken"
     for topic in (
@@ -77,13 +73,14 @@ def test_a_sound_installation() -> None:
             assert re.search(line, done.stdout, re.M), name
 
 
-def test_without_gloo_it_is_broken() -> None:
+def test_without_gloo_it_is_broken(examined: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     """A network interface that does not exist, set in the variable where users set theirs."""
-    done = run(GLOO_SOCKET_IFNAME="nowhere0")
-    assert done.returncode == 1, done.stdout
-    lines = done.stdout.splitlines()
-    assert lines[-2] == "broken:" and "gloo: two processes on this machine could not sum" in lines[-1]
-    assert "nowhere0" in lines[-1] and "nothing is broken" not in done.stdout
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
+    monkeypatch.setattr(selftest, "OPS", {})
+    code, out = examined(lambda transport, timeout_s: try_pair(transport, timeout_s) if transport == "gloo" else "")
+    lines = out.splitlines()
+    assert code == 1 and lines[-2] == "broken:" and "gloo: two processes on this machine could not sum" in lines[-1]
+    assert "nowhere0" in lines[-1] and "nothing is broken" not in out
 
 
 def test_processes_that_do_not_answer_are_not_waited_for() -> None:

@@ -52,7 +52,7 @@ def test_one_process_learns_and_leaves_a_whole_run_folder(corpus: Path, tmp_path
     assert again[0] == 0 and "nothing left to do: step 60 of 60 is done, resuming from" in again[1], again
 
 
-@pytest.mark.parametrize("target", ["launcher", "one rank"])
+@pytest.mark.parametrize("target", ["launcher", pytest.param("one rank", marks=pytest.mark.heavy)])
 def test_sigterm_saves_and_the_run_resumes_in_another_layout(
     corpus: Path, tmp_path: Path, warm: Path, target: str
 ) -> None:

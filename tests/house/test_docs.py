@@ -18,14 +18,13 @@ PAGES = ["README.md", *(str(p.relative_to(ROOT)) for p in DOCS if "```bash test\
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_of_a_page(page: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """The README's as a user runs them, all others in processes that start fast."""
+def test_commands_of_a_page(page: str, tmp_path: Path, warm: Path) -> None:
+    """In processes that start fast; tests/cli starts the installed commands themselves."""
     blocks = re.findall(r"^```bash test\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
     assert blocks, f"{page} shows no command that is tested"
     for name in ("docs", "examples", "tools", "tests", "pyproject.toml", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
-    commands = [] if page == "README.md" else [request.getfixturevalue("warm")]
-    path = ":".join(map(str, [*commands, BIN, os.environ["PATH"]]))
+    path = ":".join(map(str, [warm, BIN, os.environ["PATH"]]))
     script = "set -euo pipefail\n" + "\n".join(blocks)
     environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)

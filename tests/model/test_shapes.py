@@ -78,7 +78,9 @@ def reference(shape: str) -> dict[str, Any]:
     return run(config(1, model_num_layers=2, **SHAPES[shape]))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(  # heavy: others have 2 tensor ranks, selective recomputation and sequence parallelism too
+    "layout", [pytest.param(name, marks=[pytest.mark.heavy] * (name == "t2")) for name in LAYOUTS]
+)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_layout_equals_one_process(shape: str, layout: str) -> None:
     cut = LAYOUTS[layout]

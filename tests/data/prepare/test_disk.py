@@ -43,7 +43,7 @@ try:
 except errors.DataError as err:
     sys.exit(f"error: {err}")
 """
-SIZES_KB = (64, 200, 400, 600, 800, 1000, 1200, 1600, 2000, 2600, 3500, 8000)
+SIZES_KB = (64, 300, 700, 1100, 1600, 2200, 3500, 8000)
 
 
 def may_mount() -> bool:

@@ -147,6 +147,34 @@ def test_later_phases_may_change_and_past_ones_may_not(
     assert allowed[-1]["tokens"] == 16 * sum(line["global_batch_size"] for line in allowed)
 
 
+def test_the_micro_batch_size_of_a_past_phase_may_change(
+    one: tuple[Path, list[dict[str, float]]], blend: str, tmp_path: Path
+) -> None:
+    """It only rounds differently: a resume needs no --checkpoint.allow, and past and later steps stay."""
+    go(tmp_path, blend, 3)
+    found = go(tmp_path, blend, 6, phase_1_micro_batch_size=4)
+    assert found[:3] == one[1][:3]
+    for line, expected in zip(found, one[1]):
+        assert line == pytest.approx(expected, rel=1e-11)
+
+
+def test_dropout_draws_the_same_around_skipped_steps_and_samples(blend: str, tmp_path: Path) -> None:
+    """Masks are those of step and sample: skipping shifts none, in any layout, and a resume has the same."""
+    dropout: dict[str, Any] = {"train_dropout": 0.2, "train_attention_dropout": 0.2}
+    options = dropout | {"train_skip_steps": "4", "data_skip_samples": "3 9-10"}
+    whole = go(tmp_path / "whole", blend, 6, **options)
+    for layout, degrees in LAYOUTS.items():
+        for found, expected in zip(go(tmp_path / layout, blend, 6, **options, **degrees), whole, strict=True):
+            assert found == pytest.approx(expected, rel=1e-11)
+    for stop in (3, 4):
+        go(tmp_path / "parts", blend, stop, **options)
+    assert go(tmp_path / "parts", blend, 6, **options) == whole
+    plain = go(tmp_path / "plain", blend, 6, **dropout | {"data_skip_samples": "3 9-10"})
+    assert plain[:3] == whole[:3] and plain[4]["loss"] != whole[4]["loss"] and "loss" not in whole[3]
+    unmasked = go(tmp_path / "unmasked", blend, 1, data_skip_samples="3 9-10")
+    assert unmasked[0]["loss"] != whole[0]["loss"]
+
+
 LONGER: dict[str, Any] = {"phase_1_seq_len": 24, "phase_3_seq_len": 8}
 LONGER |= {"phase_2_rope_theta": 50.0, "phase_3_rope_scaling": "linear", "phase_3_rope_factor": 2.0}
 

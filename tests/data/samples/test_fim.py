@@ -318,7 +318,8 @@ def test_a_source_of_a_blend_may_stay_plain(corpora: Path, tmp_path: Path) -> No
         load([], options(corpora, data__train=tmp_path / "mix.toml"))
 
 
-def test_two_data_ranks_learn_as_one(corpora: Path) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_two_data_ranks_learn_as_one(corpora: Path, dropout: float) -> None:
     """Step-1 loss in float64, with everything that depends on the permuted tokens."""
 
     def loss(world: int) -> float:
@@ -330,6 +331,8 @@ def test_two_data_ranks_learn_as_one(corpora: Path) -> None:
             data_train=corpora / "code",
             data_tokenizer=corpora / "tokenizer",
             data_fim_rate=0.7,
+            train_dropout=dropout,
+            train_attention_dropout=dropout,
             data_mask_eod=True,
             data_mask_tokens="<|fim_prefix|> <|fim_suffix|>",
             data_separate_documents=True,
@@ -407,7 +410,7 @@ def test_names_are_found_in_the_tokenizer_or_as_given(corpora: Path) -> None:
 def test_a_run_resumes_bit_by_bit_and_rejects_another_setting(corpora: Path, tmp_path: Path, warm: Path) -> None:
     def run(folder: str, steps: int, rate: float, *more: str) -> tuple[int, str, str]:
         words = [*arguments(corpora, corpora / "tokenizer", rate), "--train.steps", str(steps), *more]
-        words += ["--lr-schedule.kind", "constant"]
+        words += ["--lr-schedule.kind", "constant", "--train.dropout", "0.1", "--train.attention-dropout", "0.1"]
         return finish(train(corpora / "code", tmp_path / folder, 1, *words, commands=warm))
 
     code, out, err = run("whole", 4, 0.5, "--data.valid", str(corpora / "code"))

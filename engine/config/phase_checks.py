@@ -145,7 +145,9 @@ def length_errors(cfg: Config, mixture: Mixture | None) -> Iterator[FieldError]:
 
 
 def weight_errors(cfg: Config, mixture: Mixture | None) -> Iterator[FieldError]:
-    """Errors of the weights of phases that do not fit the blend of data.train; None if that is not given."""
+    """Errors of the weights of data.train's blend, and of phases that do not fit it; None if it is not given."""
+    if mixture is not None and mixture.kind == "weight":
+        yield from too_small(mixture, mixture.amounts)
     weights: dict[str, float] = {}
     for number, row in enumerate(cfg.phase, 1):
         if row.weights is None:

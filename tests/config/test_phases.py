@@ -219,6 +219,12 @@ CASES: dict[str, tuple[dict[str, Any], int, tuple[str, str], str]] = {
         ("phase.1.weights", "samples.blend-weights"),
         "= 'a': has a share of 2.0e-07",
     ),
+    "a weight of data.train that is too small": (
+        {"data.train": "1 x/a 1e-7 x/b"},
+        1,
+        ("data.train", "samples.blend-weights"),
+        "= 'b': has a share of 1.0e-07",
+    ),
     "weights in pairs": (
         BLEND | {"phase.1.from_step": 9, "phase.1.weights": "1 a 2"},
         1,

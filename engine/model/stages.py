@@ -35,8 +35,8 @@ def build_stages(
     once if the first and the last stage are both on this rank.
     """
     train = cfg.train
-    rates: dict[str, float] = {"dropout": train.dropout, "attention_dropout": train.attention_dropout}
-    build = Build(ctx, RecomputePolicy.of(cfg), compute_backends(cfg), z_loss=train.z_loss, **rates)
+    build = Build(ctx, RecomputePolicy.of(cfg), compute_backends(cfg), z_loss=train.z_loss)
+    build = replace(build, dropout=train.dropout, attention_dropout=train.attention_dropout)
     shapes, tied, listed = stage_shapes(derived.layers), None, set()
     for number in derived.first_plan.stages_of(ctx.pipeline.rank):
         part = build_part(cfg.model, build, shapes[number], tied)

@@ -19,7 +19,7 @@ KEEP = ROOT / "build/objects_of_tests"
 def compile_units(
     units: Sequence[Path], flags: Sequence[str], csrc: Path = CSRC, keep: Path = KEEP, headers: Iterable[Path] = ()
 ) -> list[str]:
-    """The units' objects, in order; kept under a hash of unit, headers, flags and compiler. headers: more than csrc's."""
+    """The units' objects, in order; kept under a hash of unit, headers, flags and compiler. headers: others."""
     compiler = run(["g++", "--version"])
     texts = [path.read_bytes() for path in (*sorted(csrc.rglob("*.h")), *sorted(headers))]
     common = hashlib.sha256(b"\0".join([compiler.encode(), " ".join(flags).encode(), *texts]))

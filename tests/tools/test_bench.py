@@ -38,6 +38,17 @@ def test_one_table_and_json(only: str, tmp_path: Path) -> None:
         assert found["rows"][0]["ratio"] and found["rows"][0]["share"]
 
 
+@pytest.mark.heavy
+def test_initial_values_and_buckets_are_measured() -> None:
+    import buckets
+    import initialise
+
+    row, values = initialise.measure("micro", 2, 1)
+    assert values > 1000 and row.ours[0] > 0 and row.peers[0] > 0
+    seconds, count = buckets.measure("gloo", 1, model_num_layers=1, parallel_bucket_mib=32.0)
+    assert seconds > 0 and count == 3  # embeddings, the block, final norm and head
+
+
 def test_a_script_that_fails_is_a_row(tmp_path: Path) -> None:
     (tmp_path / "bench").mkdir()
     for name in ("all.py", "report.py", "machine.py", "peers_env.py"):

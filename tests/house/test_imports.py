@@ -79,6 +79,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("monitor",),
     ("train.state", "train.step", "train.resume", "train.run"),
     ("train.loop", "inference.generate"),
+    ("proof",),
     ("cli",),
     ("__main__",),
 )
@@ -102,9 +103,10 @@ MUST_NOT_KNOW = {
 USERS_OF_DATA = ("checkpoint", "interop", "monitor", "train", "inference")
 SERVED = ("data.samples", "data.tokenize.tokenizer", "data.tokenize.file_names")
 SERVED_TO = {"interop": ("data.tokenize.convert",)}  # to find which tokenizer file of a folder was converted
-MAY_USE_DIST = tuple(
-    f"distributed.{name}" for name in ("collectives", "launch", "failure", "context", "pair")
-)  # may use torch.distributed
+MAY_USE_DIST = (  # may use torch.distributed
+    *(f"distributed.{name}" for name in ("collectives", "launch", "failure", "context", "pair")),
+    "proof.ranks",
+)
 MAY_NAME_DIST_WORK = ("pipeline.executor", "parallel.gradients")  # may name the type dist.Work, and no other name
 PICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 

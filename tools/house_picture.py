@@ -61,6 +61,7 @@ TEXTS = {
     "evaluate": "objective, validation",
     "monitor": "metrics, health, plots",
     "train": "setup, step, loop",
+    "proof": "layout against one process",
     "cli": "the engine command",
 }
 CORE = {

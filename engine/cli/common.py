@@ -85,6 +85,27 @@ def _folded(command: str) -> str:
     return textwrap.indent(" \\\n  ".join(lines), "  ")
 
 
+def split_settings(args: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The settings --section.name VALUE among the words of a command, by dotted path, and the other words.
+
+    Raises ConfigError for a setting without a value.
+    """
+    settings: dict[str, str] = {}
+    rest: list[str] = []
+    words = iter(args)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if not option.startswith("--") or "." not in option:
+            rest.append(word)
+            continue
+        text = value if equals else next(words, None)
+        if text is None:
+            fix = f"Write {option} VALUE."
+            raise ConfigError([FieldError("cli.setting-without-value", option, None, "has no value", fix)])
+        settings[option[2:].replace("-", "_")] = text
+    return settings, rest
+
+
 def option_texts(options: type) -> dict[str, str]:
     """The help text of each option: the string below its field, in the class or else in a base class."""
     texts: dict[str, str] = {}

@@ -96,6 +96,7 @@ _VERBS = {
     "tokenizer": "train a tokenizer: engine tokenizer train ...",
     "inspect": "show a corpus (counts, lengths, samples) or a checkpoint (tensors, lineage)",
     "train": "train a model, on one process or on many under torchrun",
+    "prove": "compare a config's layout with one process, on a tiny model",
     "evaluate": "compute validation loss, perplexity and bits per byte of a checkpoint",
     "generate": "continue a prompt with a checkpoint",
     "import": "convert a Hugging Face folder or a Megatron-LM checkpoint",

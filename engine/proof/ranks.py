@@ -29,7 +29,7 @@ from engine.distributed.layout import Layout
 from engine.errors import EngineError
 
 _ARRAY = "array of bytes"  # key of an array in the JSON part of a message: (dtype, shape)
-_WATCHDOG_S = 5.0  # the ranks print their stacks this long before the caller stops to wait
+_WATCHDOG_S = 5.0  # the ranks print their stacks when their time is over; the caller waits this much longer
 
 
 class RankError(EngineError):
@@ -57,13 +57,14 @@ def run(
     torch.set_num_threads(1)  # before any fork: a child inherits locks of worker threads, but not the threads
     importlib.import_module("sympy")  # torch imports it in its first backward: here it saves a second in each rank
     fork = multiprocessing.get_context("fork")
+    deadline = time.monotonic() + timeout_s  # before the watchdog of any rank
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(layout.world):
             ours, theirs = fork.Pipe(duplex=False)
 
             def body(rank: int = rank, pipe: Connection = theirs) -> None:
-                faulthandler.dump_traceback_later(timeout_s, exit=True)
+                faulthandler.dump_traceback_later(timeout_s, exit=True, file=2)
                 _rank(pipe, lambda: function(_connect(layout, rank, f"{folder}/store", dtype, transport, timeout_s)))
 
             processes.append(fork.Process(target=body))
@@ -71,7 +72,7 @@ def run(
             theirs.close()
             pipes.append(ours)
         try:
-            return _collect(pipes, time.monotonic() + timeout_s + _WATCHDOG_S)
+            return _collect(pipes, deadline)
         finally:
             for process in processes:
                 process.kill()
@@ -104,21 +105,20 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
     results: list[Any] = [None] * len(pipes)
     pending = dict(enumerate(pipes))
     while pending:
-        ready = wait(list(pending.values()), max(0.0, deadline - time.monotonic()))
-        if not ready:
-            raise RankError("proof.ranks-hang", f"ranks {sorted(pending)} did not finish; their stacks are above")
+        ready = wait(list(pending.values()), max(0.0, deadline + _WATCHDOG_S - time.monotonic()))
+        if not ready or time.monotonic() >= deadline:  # the watchdog may have ended the ranks already
+            which = ", ".join(map(str, sorted(pending)))
+            raise RankError("proof.ranks-hang", f"rank {which} did not finish in time; the stacks are above")
         for rank in [r for r, pipe in pending.items() if pipe in ready]:
             try:
                 answer = unpack(pending.pop(rank).recv_bytes())
             except EOFError:
                 raise RankError("proof.rank-killed", f"rank {rank} exited without a result", rank) from None
             if "result" not in answer:
-                raise RankError(
-                    answer["code"] or "proof.rank-failed",
-                    f"rank {rank} failed: {answer['text'] if answer['code'] else answer['trace']}",
-                    rank,
-                    answer["trace"],
-                )
+                text = f"rank {rank} failed: {answer['text'] if answer['code'] else answer['trace']}"
+                error = RankError("proof.rank-failed", text, rank, answer["trace"])
+                error.code = answer["code"] or error.code
+                raise error
             results[rank] = answer["result"]
     return results
 

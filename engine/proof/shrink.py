@@ -16,10 +16,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from engine.config.derived import layers_per_stage
-from engine.config.phases import phases_of
-from engine.config.schema import Config, ModelConfig
-from engine.distributed.layout import AXES
+from engine.config.derived import degrees_of, layers_per_stage, position_ranks, sample_degrees
+from engine.config.phases import Phase, phases_of
+from engine.config.schema import Config, ModelConfig, ParallelConfig
 from engine.model.build import parameter_specs
 from engine.optim.groups import group_errors, group_of
 from engine.pipeline.schedules import SCHEDULES, load_plan
@@ -51,7 +50,7 @@ _ATTENTION_HERE = ("auto", "sdpa")
 
 @dataclass(frozen=True)
 class Shrunk:
-    """A shrunk config, resolved and valid for the ranks of its own degrees. notes: what it does not keep, and why."""
+    """A shrunk config, resolved and valid for the ranks of its degrees. notes: what it does not keep, and why."""
 
     config: Config
     notes: list[str]
@@ -60,14 +59,14 @@ class Shrunk:
 def shrink(cfg: Config, most: int = 8) -> Shrunk:
     """The config with the same options and tiny sizes, for at most `most` processes. cfg: resolved and valid.
 
-    data.train, data.valid and data.tokenizer keep their paths; `engine.proof.corpora` makes small ones.
+    data.train, data.valid and data.tokenizer keep their paths; `engine.proof.small_data` makes small ones.
     """
     notes: list[str] = []
     values = cfg.model_dump()
     values["parallel"] |= _degrees(cfg, most, notes)
     counts, values["train"]["recompute_layers"] = _layer_counts(cfg, values["parallel"])
     sources = _represented(cfg, sum(counts))  # layer -> the layer of the config that it represents
-    counts[-1] += len(sources) - sum(counts)
+    counts[counts.index(max(counts))] += len(sources) - sum(counts)
     uneven = cfg.parallel.layers or len(set(counts)) > 1
     values["parallel"]["layers"] = ",".join(map(str, counts)) if uneven else ""
     _shrink_steps(cfg, values, notes)
@@ -84,7 +83,7 @@ def shrink(cfg: Config, most: int = 8) -> Shrunk:
 def _degrees(cfg: Config, most: int, notes: list[str]) -> dict[str, Any]:
     """Degrees, schedule and chunks: each degree above 1 stays above 1 if possible, and as many processes as allowed."""
     p = cfg.parallel
-    old = {axis: getattr(p, axis) for axis in AXES}
+    old = degrees_of(p)
     found: dict[str, Any] = {"chunks": min(p.chunks, 3) if p.schedule in SCHEDULES else p.chunks}
     if math.prod(old.values()) > most:
         pool = [
@@ -102,7 +101,7 @@ def _degrees(cfg: Config, most: int, notes: list[str]) -> dict[str, Any]:
             return plan, kept, math.prod(new.values()), divisors, -max(new.values()), new["tensor"]
 
         new = max(pool, key=key)
-        changed = [f"{axis} {old[axis]} -> {new[axis]}" for axis in reversed(AXES) if old[axis] != new[axis]]
+        changed = [f"{axis} {old[axis]} -> {new[axis]}" for axis in old if old[axis] != new[axis]]
         notes.append(f"parallel: {', '.join(changed)}: {math.prod(old.values())} ranks, at most {most} processes")
         found |= new
     if p.schedule not in SCHEDULES and found.get("pipeline", p.pipeline) != p.pipeline:
@@ -126,9 +125,8 @@ def _layer_counts(cfg: Config, parallel: Mapping[str, Any]) -> tuple[list[int], 
     picked = [old[round(k * (len(old) - 1) / last)] for k in range(stages)] if stages > 1 else [sum(old)]
     base = 2 if some and some < max(old) else 1
     least = min((count for count in picked if count), default=0)
-    counts = [0 if not count else base + (count > least) for count in picked]
-    if missing := min(2, cfg.model.num_layers) - sum(counts):
-        counts[-1] += max(0, missing)
+    counts = [min(count, base + (count > least)) for count in picked]
+    counts[picked.index(max(picked))] += max(0, min(2, cfg.model.num_layers) - sum(counts))
     return counts, (1 if some < max(old) else max(counts)) if some else 0
 
 
@@ -176,8 +174,9 @@ def _shrink_steps(cfg: Config, values: dict[str, Any], notes: list[str]) -> None
 
 def _shrink_batches(cfg: Config, values: dict[str, Any]) -> None:
     """Batch sizes and sequence lengths of [train] and the phases: values that differ stay different, in their order."""
-    p, tables = values["parallel"], [values["train"], *values["phase"]]
-    rows = phases_of(cfg).until(cfg.train.steps)
+    p, t, tables = ParallelConfig.model_validate(values["parallel"]), cfg.train, [values["train"], *values["phase"]]
+    old_ways, ways = (math.prod(sample_degrees(parallel).values()) for parallel in (cfg.parallel, p))
+    rows = [Phase(1, t.global_batch_size, t.micro_batch_size, t.seq_len), *phases_of(cfg).until(t.steps)]
     micro = sorted({row.micro_batch_size for row in rows})
     micro_of = {size: 2 ** min(2, k + (micro[0] > 1)) for k, size in enumerate(micro)}
     largest = max(micro_of.values())
@@ -185,14 +184,14 @@ def _shrink_batches(cfg: Config, values: dict[str, Any]) -> None:
     share = 0
     for size in sorted({row.global_batch_size for row in rows}):
         row = next(row for row in rows if row.global_batch_size == size)
-        count = row.microbatches(cfg.parallel.data)
-        if p["schedule"] not in SCHEDULES:  # a plan file, for this number of micro-batches
+        count = row.microbatches(old_ways)
+        if p.schedule not in SCHEDULES:  # a plan file, for this number of micro-batches
             share = count * micro_of[row.micro_batch_size]
         else:
-            wanted = -(-min(count, 2 * p["pipeline"]) * micro_of[row.micro_batch_size] // largest)
+            wanted = -(-min(count, 2 * p.pipeline) * micro_of[row.micro_batch_size] // largest)
             share = max(share + largest, largest * wanted)
-        batch_of[size] = p["data"] * share
-    parts = p["tensor"] if p["sequence"] else 1
+        batch_of[size] = ways * share
+    parts = position_ranks(p) * (p.tensor if p.sequence else 1)
     length_of: dict[int, int] = {}
     for size in sorted({row.seq_len for row in rows}):
         length = min(size, _SEQ_LEN + _SEQ_STEP * len(length_of))
@@ -201,7 +200,7 @@ def _shrink_batches(cfg: Config, values: dict[str, Any]) -> None:
     for table in tables:
         for name, sizes in (("global_batch_size", batch_of), ("micro_batch_size", micro_of), ("seq_len", length_of)):
             if table[name] is not None:
-                table[name] = sizes.get(table[name], table[name])
+                table[name] = sizes[table[name]]
 
 
 def _shrink_model(cfg: Config, values: dict[str, Any], layers: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from engine.cli.common import Help, option_texts, parse
+from engine.cli.common import Help, option_texts, parse, split_settings
 from engine.cli.doctor import DoctorOptions
 from engine.cli.evaluate import EvaluateOptions
 from engine.cli.export import ExportOptions
@@ -20,6 +20,7 @@ from engine.cli.inspect import InspectOptions
 from engine.cli.main import _VERBS, _file, main
 from engine.cli.merge_datasets import MergeOptions
 from engine.cli.plot import PlotOptions
+from engine.cli.prove import ProveOptions
 from engine.cli.schedule import ScheduleOptions
 from engine.cli.train import parse_train
 from engine.cli.verify import VerifyOptions
@@ -35,6 +36,7 @@ OPTIONS: dict[str, type] = {
     "merge-datasets": MergeOptions,
     "tokenizer": TokenizerOptions,
     "inspect": InspectOptions,
+    "prove": ProveOptions,
     "evaluate": EvaluateOptions,
     "generate": GenerateOptions,
     "import": ImportOptions,
@@ -104,7 +106,9 @@ def test_the_examples_of_a_command_parse(verb: str) -> None:
         words, _ = arguments(command)
         start = 2 if verb == "tokenizer" else 1
         assert words[:start] == ["tokenizer", "train"][:start] if verb == "tokenizer" else words[0] == verb
-        options: Any = parse(OPTIONS[verb], words[start:], verb, help_of(verb))
+        settings, rest = split_settings(words[start:])
+        load([], settings, world=None)
+        options: Any = parse(OPTIONS[verb], rest, verb, help_of(verb))
         assert not list(options.errors() if hasattr(options, "errors") else ()), command
 
 

@@ -35,6 +35,10 @@ LAYOUTS: dict[str, list[dict[str, int]]] = {
 HEAVY = {"pipeline": 2, "data": 2}
 TOLERANCE = {"fp32": 2e-6, "fp16": 2e-3}
 EXACT = ("step", "tokens", "lr", "loss_scale", "skipped", "val_tokens", "val_unigram")
+# Schema 1 is older than the present sample order: the run resumes with other samples, so only what the step number
+# determines is exact.
+ALLOW = {"schema1": {"checkpoint.allow": "data.order"}}
+OTHER_SAMPLES = 0.5
 CASES = [
     pytest.param(
         *(file, name, degrees),
@@ -64,13 +68,12 @@ def test_a_stopped_run_resumes(tmp_path: Path, file: Path, name: str, degrees: d
     run = root / name / "run"
     expected, before = metrics((root / name / "expected.jsonl").read_text()), (run / "metrics.jsonl").read_text()
     layout = {f"parallel.{axis}": str(degrees.get(axis, 1)) for axis in ("tensor", "pipeline", "data")}
-    values = golden_run.options(name, root) | layout
-    resolved = load([], values | {"run.dir": str(run), "checkpoint.resume": "latest"}, world=ranks, reject_idle=True)
+    values = golden_run.options(name, root, file.stem) | layout
+    start = {"run.dir": str(run), "checkpoint.resume": "latest"} | ALLOW.get(file.stem, {})
+    resolved = load([], values | start, world=ranks, reject_idle=True)
     cfg = resolved.config
     here = {key: x for key, x in values.items() if key.startswith("data.")}  # the saved config has their original paths
-    saved = load(
-        [run / "config.toml"], here | layout | {"run.dir": str(run), "checkpoint.resume": "latest"}, world=ranks
-    )
+    saved = load([run / "config.toml"], here | layout | start, world=ranks)
     assert saved.config == cfg
 
     def job(ctx: ParallelContext) -> int:
@@ -84,7 +87,8 @@ def test_a_stopped_run_resumes(tmp_path: Path, file: Path, name: str, degrees: d
     assert len(found) == len(expected)
     for line, wanted in zip(found, expected):
         assert {k: line[k] for k in wanted if k in EXACT} == {k: wanted[k] for k in wanted if k in EXACT}
-        assert {k: line[k] for k in wanted} == pytest.approx(wanted, rel=TOLERANCE[name])
+        tolerance = OTHER_SAMPLES if file.stem in ALLOW else TOLERANCE[name]
+        assert {k: line[k] for k in wanted} == pytest.approx(wanted, rel=tolerance)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

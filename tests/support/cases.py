@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,8 @@ from engine.config.phases import phases_of
 from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
 from engine.distributed.layout import Layout
-from engine.distributed.sharding import Parameter, piece_of
-from engine.optim.optimizer import StateShard
-from engine.train.state import TrainState
+from engine.proof.tensors import Pieces, gradients_of, pieces_of, shard_pieces, weights_of
+from engine.proof.tensors import assemble as assembled
 
 MODEL = {
     "vocab_size": 61,  # odd on purpose: every tensor degree pads it
@@ -126,58 +123,11 @@ def micro_batch(
     return MicroBatch(tokens, labels, weights.double(), samples, sequence, **more)
 
 
-def pieces_of(params: Iterable[tuple[Parameter, torch.Tensor]], ctx: ParallelContext) -> list[Any]:
-    """[(name, global shape, offset, values)] of every piece this rank holds, replicas included."""
-    return [
-        (piece.name, piece.global_shape, piece.offset, piece_of(piece, x.detach()).double().numpy().copy())
-        for p, x in params
-        for piece in p.spec.pieces(ctx)
-    ]
-
-
-def weights_of(state: TrainState) -> list[Any]:
-    """`pieces_of` the weights of all stages on this rank."""
-    state.wait_for_weights()
-    return pieces_of(((p, p) for p in state.params), state.ctx)
-
-
-def shard_pieces(held: Iterable[StateShard], ctx: ParallelContext) -> list[Any]:
-    """[(kind/name, global shape, offset, values)] of flat ranges of parameters, such as optimizer state."""
-    found = []
-    for part in held:
-        for piece in part.param.spec.pieces(ctx):
-            for offset, shape, first in piece.rectangles(part.begin, part.begin + len(part.flat)):
-                values = part.flat[first - part.begin :][: math.prod(shape)].view(shape)
-                name = f"{part.kind}/{piece.name}"
-                found.append((name, piece.global_shape, offset, values.detach().double().numpy().copy()))
-    return found
-
-
-def gradients_of(state: TrainState) -> list[Any]:
-    """`shard_pieces` of the reduced gradients of this rank, before clipping (AdamW clips without changing them)."""
-    held = []
-    for bucket in (b for stage in state.buckets for b in stage.buckets):
-        for index, p in enumerate(bucket.params):
-            begin, end = bucket.intersection(index, bucket.update_range)
-            if begin < end:
-                start = bucket.starts[index]
-                held.append(StateShard("grad", p, begin, bucket.grads[start + begin : start + end].clone()))
-    return shard_pieces(held, state.ctx)
-
-
-def assemble(ranks: list[list[Any]]) -> dict[str, np.ndarray]:
+def assemble(ranks: list[Pieces]) -> dict[str, np.ndarray]:
     """Canonical tensors from all ranks' pieces; asserts full coverage and that replicas are bitwise equal."""
-    whole: dict[str, np.ndarray] = {}
-    for pieces in ranks:
-        for name, shape, offset, values in pieces:
-            target = whole.setdefault(name, np.full(shape, np.nan))
-            view = target[tuple(slice(o, o + n) for o, n in zip(offset, values.shape))]
-            held = ~np.isnan(view)
-            assert np.array_equal(view[held], values[held]), f"replicas of {name} differ"
-            view[...] = values
-    for name, values in whole.items():
-        assert not np.isnan(values).any(), f"{name} is not covered by the ranks"
-    return whole
+    found = assembled(ranks)
+    assert not found.faults, found.faults
+    return found.tensors
 
 
 def max_relative_error(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:

@@ -19,7 +19,21 @@ with them; without built extensions the latter are listed as not tried.
 
 from __future__ import annotations
 
-from . import checkpoint, config, data, distributed, draws, interop, model, ops, optim, parallel, pipeline, train
+from . import (
+    checkpoint,
+    config,
+    data,
+    distributed,
+    draws,
+    interop,
+    model,
+    ops,
+    optim,
+    parallel,
+    pipeline,
+    proof,
+    train,
+)
 
-_PACKAGES = (config, distributed, draws, ops, parallel, model, optim, pipeline, data, train, checkpoint, interop)
+_PACKAGES = (config, distributed, draws, ops, parallel, model, optim, pipeline, data, train, checkpoint, interop, proof)
 MUTATIONS = [mutation for package in _PACKAGES for mutation in package.MUTATIONS]

@@ -107,31 +107,31 @@ def test_the_files_are_those_of_a_save_that_waits(tmp_path: Path, case: str) -> 
     "guarded", [True, pytest.param(False, marks=pytest.mark.xfail(strict=True, raises=AssertionError))]
 )
 def test_an_update_waits_for_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guarded: bool) -> None:
-    """The copy is slow: the next step's forward and backward may overtake it, but its update must wait."""
-    copy = staging._copy
+    """The copy is late: the next step's forward and backward may overtake it, but its update must wait."""
+    copy, update_is_next = staging._copy, threading.Event()
 
-    def slowly(states: Any, copies: Any) -> None:
-        time.sleep(0.5)
+    def late(states: Any, copies: Any) -> None:
+        assert update_is_next.wait(60)
         copy(states, copies)
 
-    monkeypatch.setattr(staging, "_copy", slowly)
+    monkeypatch.setattr(staging, "_copy", late)
 
-    def job(ctx: ParallelContext) -> float:
+    def job(ctx: ParallelContext) -> None:
         state = setup(TWO, ctx)
         with Saver(tmp_path / "waits", ctx) as waits, Saver(tmp_path / "background", ctx) as background:
-            if guarded:
-                state.before_update = background.wait_copied
             train_step(state, random_batches(TWO, ctx, 0))
+            update_is_next.set()
             start(waits, state, background=False)
             waits.finish()
-            begin = time.monotonic()
-            start(background, state, background=True)
-            blocked = time.monotonic() - begin
+            update_is_next.clear()
+            start(background, state, background=True)  # would not return if it waited for the copy
+            if guarded:
+                state.before_update = lambda: (update_is_next.set(), background.wait_copied())
             train_step(state, random_batches(TWO, ctx, 1))
+            update_is_next.set()
             background.finish()
-        return blocked
 
-    assert max(run_ranks(layout_of(TWO), job)) < 0.4
+    run_ranks(layout_of(TWO), job)
     for name in os.listdir(tmp_path / "waits/step_00000001"):
         a, b = (tmp_path / root / "step_00000001" / name for root in ("waits", "background"))
         same_bytes(a, b)

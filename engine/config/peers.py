@@ -216,7 +216,7 @@ TORCHTITAN: tuple[Row, ...] = (
     ("training.mixed_precision_reduce", "parallel.reduce_dtype", "main (fp32) or bf16"),
     ("training.compile compile.enable", "train.compile", ""),
     ("training.seed debug.seed", "train.seed", ""),
-    ("training.deterministic debug.deterministic", "", "results do not depend on the layout; docs/equivalence.md"),
+    ("training.deterministic debug.deterministic", "", "on a CPU every run is; docs/reproducibility.md"),
     ("training.gc_freq training.gc_debug", "", "no such setting"),
     ("training.enable_cpu_offload", "", "everything stays on the device"),
     ("parallelism.data_parallel_replicate_degree", "parallel.data", ""),

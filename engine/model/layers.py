@@ -250,7 +250,7 @@ class VocabHead(nn.Module):
         self.vocab_size = piece.global_shape[0]
 
     def forward(self, x: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
-        """x [s, b, h] -> [b], each sample's sum of token losses (nats) times weights, and the z-loss, a scalar.
+        """x [s, b, h] -> float64 [b], each sample's sum of token losses (nats) times weights, and the z-loss, a scalar.
 
         The z-loss is the sum of coefficient * shares * (log Z)^2; None if the coefficient is 0.
         """
@@ -258,7 +258,8 @@ class VocabHead(nn.Module):
         weights, z_weights = batch.weights.t(), shares.t() * self.z_loss if self.z_loss else None
         of_ranks = self.vocab_slice, self.replicated, self.sequence
         losses, z_losses = linear_cross_entropy(x, self.weight, batch.labels.t(), weights, *of_ranks, z_weights)
-        return losses.sum(0), None if z_losses is None else z_losses.sum()
+        of_samples = losses.t().contiguous()  # summed by rows, so in an order that does not depend on b
+        return of_samples.sum(1, dtype=torch.float64), None if z_losses is None else z_losses.sum()
 
     def logits(self, x: Tensor) -> Tensor:
         """x [s, b, h] -> logits [s, b, vocab_size], gathered on every tensor rank; without autograd."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.proofs.mutations import MUTATIONS
+from tests.proofs.mutations import MUTATIONS, zoo
 from tests.proofs.mutations.patch import ROOT, Mutation
 from tests.proofs.mutations.trial import judge, node_id
 
@@ -19,6 +20,19 @@ BY_NAME = {mutation.name: mutation for mutation in MUTATIONS}
 
 def test_names_are_unique() -> None:
     assert len(BY_NAME) == len(MUTATIONS) >= 90
+
+
+def test_the_page_of_the_zoo_is_that_of_the_mutations() -> None:
+    """A bug of another project is a mutation that cites threads; its tests are of one kind, which the page names."""
+    bugs = zoo.zoo()
+    assert len(bugs) >= zoo.MIN_BUGS
+    for bug in bugs:
+        assert all(re.fullmatch(r"[\w.-]+/[\w.-]+#[1-9]\d*", thread) for thread in bug.threads), bug.name
+        assert len({zoo.kind_of(test) for test in bug.tests}) == 1, bug.name
+        assert "#" not in bug.why and "|" not in bug.why, f"{bug.name}: threads are a field of their own"
+    named = [thread for bug in bugs for thread in bug.threads]
+    assert len(set(named)) >= zoo.MIN_BUGS
+    assert zoo.PAGE.read_text() == zoo.page(), "run `python -m tests.proofs.mutations.zoo`"
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)

@@ -49,6 +49,17 @@ def test_initial_values_and_buckets_are_measured() -> None:
     assert seconds > 0 and count == 3  # embeddings, the block, final norm and head
 
 
+@pytest.mark.timeout(300)
+def test_what_is_reproducible() -> None:
+    """Training and evaluation agree in every bit, and so do two runs, with deterministic algorithms or without."""
+    sizes = {"hidden": 32, "layers": 1, "vocab": 300, "seq": 32, "rounds": 1, "batch": 4, "precisions": "fp32"}
+    options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, str(BENCH / "reproducible.py"), *options]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert "two runs of 2 steps: the same bits" in lines[1] and lines[2].count("the same bits") == 2
+    assert "training, micro-batch 1, 1 thread: the same bits" in lines[3] and len(lines) == 3 + 6
+
+
 def test_a_script_that_fails_is_a_row(tmp_path: Path) -> None:
     (tmp_path / "bench").mkdir()
     for name in ("all.py", "report.py", "machine.py", "peers_env.py"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.data.samples.index_file import write_index
 from engine.data.samples.indexed import IndexedDataset, paths_of
 from engine.data.samples.indexed_writer import IndexedWriter
 from engine.data.samples.sidecar import entropy
@@ -84,6 +86,14 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, documents: list[li
     assert data.meta["max_token"] == max(flat, default=-1)
     boundaries = np.frombuffer(paths_of(prefix)[1].read_bytes()[34 + 12 * len(kept) :], "<i8")
     assert list(np.diff(boundaries)) == [int(bool(d)) for d in documents]
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Two documents of 2^31 - 1 tokens and one behind them; only the .idx is written."""
+    lengths, out = np.array([2**31 - 1, 2**31 - 1, 5], np.int32), io.BytesIO()
+    write_index(out, np.dtype("<i4"), lengths)
+    offsets = np.frombuffer(out.getvalue(), "<i8", 3, 34 + 4 * len(lengths))
+    assert offsets.tolist() == [0, 4 * (2**31 - 1), 8 * (2**31 - 1)]
 
 
 def test_sidecar_entropy(tmp_path: Path) -> None:

@@ -133,6 +133,16 @@ def test_dtype_is_the_folders(folder: Path, tmp_path: Path) -> None:
     assert read_json(tmp_path / "wide")["dtype"] == "float32"
 
 
+def test_a_value_beyond_the_range_of_a_dtype_is_an_error(folder: Path, tmp_path: Path) -> None:
+    """66,000 is finite in float32 and bfloat16, and infinite in float16, whose largest value is 65,504."""
+    rewrite(folder, lambda t: next(iter(t.values())).view(-1)[0].fill_(66_000))
+    checkpoint, _ = import_folder(folder, tmp_path / "run")
+    with raises(CheckpointError, "interop.value-out-of-range", "6.6e+04", "6.55e+04"):
+        export(checkpoint, tmp_path / "narrow", dtype=torch.float16, tokenizer=None, eod=None)
+    assert not list(tmp_path.glob(".narrow*")) and not (tmp_path / "narrow").exists()
+    export(checkpoint, tmp_path / "wide", dtype=torch.bfloat16, tokenizer=None, eod=None)
+
+
 @pytest.mark.parametrize("form", ["new", "old", "older"])
 def test_exports_have_both_rope_forms(tmp_path: Path, form: str) -> None:
     """transformers 4 reads rope_theta and rope_scaling, and used 10000 for folders saved by version 5."""

@@ -125,6 +125,8 @@ def test_starting_from_a_folder_in_any_layout_and_exporting_from_it(tmp_path: Pa
         export(folder, tmp_path / f"out{step}", dtype=torch.float32, tokenizer=None, eod=None)
         found = compare_with_transformers(folder, tmp_path / f"out{step}", num_tokens=64)
         assert not found.problem and found.difference < 1e-5 and found.largest > 0.1
+        before, after = (AutoConfig.from_pretrained(tmp_path / name) for name in ("hf", f"out{step}"))
+        assert after.max_position_embeddings == before.max_position_embeddings > cfg.train.seq_len
     assert same_bits(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "out0"))
     assert not same_bits(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "out1"))
 

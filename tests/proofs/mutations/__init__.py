@@ -2,6 +2,7 @@
 
     python -m tests.proofs.mutations                        # all of them (`make test-mutations`)
     python -m tests.proofs.mutations --only tied_gradient_counted_twice
+    python -m tests.proofs.mutations --zoo                  # the bugs of other projects (docs/zoo.md)
     python -m tests.proofs.mutations --without-extensions   # as if no extension were built
 
 A test that cannot fail proves nothing; the share of caught mutations measures the quality of the tests. Each mutation
@@ -14,7 +15,7 @@ Where both a custom kernel and torch implement an operation, a fault in one is h
 mutation declares its `path`. Faults of the torch path always run without the extensions, faults of the kernels' path
 with them; without built extensions the latter are listed as not tried.
 
-`why` cites the issue that a fault comes from; without one, it is a common fault.
+`threads` cites where other projects had the fault; without one, it is a common fault. `zoo` writes docs/zoo.md from it.
 """
 
 from __future__ import annotations

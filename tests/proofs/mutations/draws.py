@@ -17,6 +17,10 @@ MUTATIONS = [
         "rectangle(piece.global_shape, piece.offset, piece.shape, ctx.device)",
         "rectangle(piece.global_shape, (0,) * len(piece.offset), piece.shape, ctx.device)",
         small("sequence"),
+        threads=(
+            "pytorch/pytorch#168058",
+            "mosaicml/llm-foundry#1820",
+        ),
     ),
     Mutation(
         "dropout_mask_by_rank",
@@ -25,6 +29,10 @@ MUTATIONS = [
         _KEY,
         'sequence.draws.key("dropout", f"{self.name} {self.positions.rank}")',
         small("dropout"),
+        threads=(
+            "bigscience-workshop/Megatron-DeepSpeed#276",
+            "NVIDIA/Megatron-LM#206",
+        ),
     ),
     Mutation(
         "dropout_mask_by_local_position",
@@ -75,6 +83,10 @@ MUTATIONS = [
         "self.draws.samples * self.length",
         "torch.arange(len(self.draws.samples)) * self.length",
         PLAIN,
+        threads=(
+            "volcengine/veScale#52",
+            "tenstorrent/tt-metal#55947",
+        ),
     ),
     Mutation(
         "dropout_mask_redrawn_in_recompute",
@@ -83,6 +95,7 @@ MUTATIONS = [
         _KEY,
         'sequence.draws.key("dropout", f"{self.name} {x.requires_grad}")',
         small("dropout"),
+        threads=("allenai/OLMo-core#828",),
     ),
     Mutation(
         "dropout_mask_redrawn_in_backward",
@@ -91,6 +104,7 @@ MUTATIONS = [
         "_dropped(grad, starts, ctx.key, ctx.p)",
         "_dropped(grad, starts, Key(0, 0), ctx.p)",
         ("test_the_gradient_of_dropout[reference]",),
+        threads=("pytorch/pytorch#190758",),
     ),
     Mutation(
         "dropout_mask_of_every_step_equal",

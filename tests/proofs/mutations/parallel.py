@@ -12,19 +12,24 @@ CONTEXT = ("test_context_parallelism_equals_one_process[context 2]",)
 MUTATIONS = [
     Mutation(
         "tied_gradient_not_summed_over_the_stages",
-        "the first and last stage each train their replica with a partial gradient (Megatron#656)",
+        "the first and last stage each train their replica with a partial gradient",
         "engine.parallel.gradients:GradBuckets._sum_replicated",
         "self.ctx.axis(name).size > 1",
         'name != "tied_stages" and self.ctx.axis(name).size > 1',
         small("pipeline"),
+        threads=(
+            "NVIDIA/Megatron-LM#656",
+            "paiml/entrenar#314",
+        ),
     ),
     Mutation(
         "kv_replicas_not_summed",
-        "ranks that share a KV head each keep the gradient of their local query heads (bigcode Megatron-LM#35)",
+        "ranks that share a KV head each keep the gradient of their local query heads",
         "engine.parallel.gradients:GradBuckets._sum_replicated",
         "self.ctx.axis(name).size > 1",
         'not name.startswith("tensor/") and self.ctx.axis(name).size > 1',
         small("replicated"),
+        threads=("bigcode-project/Megatron-LM#35",),
     ),
     Mutation(
         "sum_forgotten_over_replicas",
@@ -36,23 +41,28 @@ MUTATIONS = [
     ),
     Mutation(
         "gradient_averaged_over_data_ranks",
-        "gradients are divided by the data degree although the loss is already global (Megatron#673, #906)",
+        "gradients are divided by the data degree although the loss is already global",
         "engine.parallel.gradients:Bucket.start_reduction",
         "x = self.grads",
         "x = self.grads / self.axis.size",
         small("data"),
+        threads=(
+            "NVIDIA/Megatron-LM#673",
+            "NVIDIA/Megatron-LM#906",
+        ),
     ),
     Mutation(
         "zero_gather_forgotten",
-        "updated weights are not gathered, so data ranks diverge (nanotron#242)",
+        "updated weights are not gathered, so data ranks diverge",
         "engine.parallel.gradients:GradBuckets.gather",
         "b.zero",
         "b.zero and overlap is None",
         small("zero"),
+        threads=("huggingface/nanotron#242",),
     ),
     Mutation(
         "embedding_stale_under_zero",
-        "the tied embedding is not gathered (Megatron#844)",
+        "the tied embedding is not gathered",
         "engine.parallel.gradients:GradBuckets.gather",
         "reversed(self.buckets)",
         "reversed([b for b in self.buckets if not b.late])",
@@ -60,19 +70,24 @@ MUTATIONS = [
     ),
     Mutation(
         "zero_gather_not_waited_for",
-        "a forward reads weights before their all-gather is complete (DeepSpeed#5545, #7188)",
+        "a forward reads weights before their all-gather is complete",
         "engine.parallel.gradients:wait_before_use",
         "part.register_forward_pre_hook(_wait_hook(holder[id(p)]))",
         "holder[id(p)].gathering.clear()",
         LATE,
+        threads=("NVIDIA/Megatron-LM#663",),
     ),
     Mutation(
         "gradient_sum_not_waited_for",
-        "the optimizer reads gradients that are still being summed (DeepSpeed#8061, #6351)",
+        "the optimizer reads gradients that are still being summed",
         "engine.parallel.gradients:Bucket.wait_for_gradients",
         "self.reducing.wait()",
         "self.reducing.value",
         LATE,
+        threads=(
+            "deepspeedai/DeepSpeed#5545",
+            "EleutherAI/gpt-neox#1004",
+        ),
     ),
     Mutation(
         "whole_parameters_not_summed_over_the_replicas",
@@ -89,6 +104,7 @@ MUTATIONS = [
         "sum(id(p) in wanted for p in b.params)",
         "min(1, sum(id(p) in wanted for p in b.params))",
         small("zero"),
+        threads=("deepspeedai/DeepSpeed#8061",),
     ),
     Mutation(
         "buckets_across_blocks",

@@ -20,12 +20,13 @@ _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 class Mutation:
     """One fault: replace `old` by `new` in the function `where`; at least one of `tests` has to fail.
 
-    why: the effect of the fault, and where it occurred. where: "module:function", such as
+    why: the effect of the fault. where: "module:function", such as
     "engine.optim.clip:NormCounter.__call__". old, new: two expressions, or two statements (`pass` to delete one,
     several lines to add some). nth: (index, count) of `old` among its occurrences in the function: (2, 3) is the second
     of three. tests: "test_function[case]", prefixed by "test_module::" if several modules have a function of that name.
     path: "both" if the fault shows with and without the extensions, else the only path that has it, "kernels" or
-    "torch".
+    "torch". threads: public threads about this fault in other projects, as "owner/name#number"; those with one are
+    the zoo.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Mutation:
     tests: tuple[str, ...]
     nth: tuple[int, int] = (1, 1)
     path: str = "both"
+    threads: tuple[str, ...] = ()
 
     def file(self, root: Path) -> Path:
         """The file of the module in the repository at `root`. LookupError if there is none."""

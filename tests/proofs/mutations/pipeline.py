@@ -8,27 +8,33 @@ from .patch import Mutation
 MUTATIONS = [
     Mutation(
         "loss_is_a_mean_of_microbatch_means",
-        "accumulated micro-batches have equal weight despite different token counts (transformers#24725, #34191)",
+        "accumulated micro-batches have equal weight despite different token counts",
         "engine.train.objective:LanguageModel.__call__",
         "b.weights / batch.counted.weight",
         "b.weights / len(batch.batches) / max(1, float(b.weights.sum()))",
         PLAIN_MATMUL,
+        threads=(
+            "huggingface/transformers#24725",
+            "huggingface/transformers#34191",
+        ),
     ),
     Mutation(
         "labels_aliased",
-        "a forward modifies its batch (Megatron#1298: the mask shrinks in every iteration)",
+        "a forward modifies its batch: the mask shrinks in every iteration",
         "engine.pipeline.stage:Stage.forward",
         "out = self.part(inputs, batch)",
         "out = self.part(inputs, batch)\nbatch.labels[:, -1] = 0",
         ("test_a_step_does_not_modify_its_batches",),
+        threads=("NVIDIA/Megatron-LM#1298",),
     ),
     Mutation(
         "reduce_before_the_last_microbatch",
-        "buckets are reduced after the first micro-batch, later gradients stay local (DeepSpeed#7188)",
+        "buckets are reduced after the first micro-batch, later gradients stay local",
         "engine.pipeline.executor:execute",
         "{step[0].stage: step[0] for step in program if step[0].op in (Op.B, Op.W)}",
         "{step[0].stage: step[0] for step in reversed(program) if step[0].op in (Op.B, Op.W)}",
         small("zero"),
+        threads=("pytorch/pytorch#134052",),
     ),
     Mutation(
         "weight_gradient_twice",
@@ -37,6 +43,7 @@ MUTATIONS = [
         "queue.pop().run()",
         "(queue[-1].run(), queue.pop().run())",
         small("split"),
+        threads=("pytorch/pytorch#180952",),
     ),
     Mutation(
         "weight_gradient_dropped",
@@ -45,14 +52,16 @@ MUTATIONS = [
         "queue.reverse()",
         "queue.reverse(), queue.pop()",
         small("split"),
+        threads=("deepspeedai/Megatron-DeepSpeed#442",),
     ),
     Mutation(
         "receive_buffer_reused",
-        "the next activation overwrites one whose backward has not run yet (gpt-neox#1004)",
+        "the next activation overwrites one whose backward has not run yet",
         "engine.pipeline.executor:_communicate",
         "torch.empty(x.shape, dtype=x.dtype, device=run.ctx.device), peer",
         "run.__dict__.setdefault('buffer', torch.empty(x.shape, dtype=x.dtype)).detach(), peer",
         ("test_options_that_change_no_bit[pipeline-fp32]",),  # gpipe: all are received before any backward
+        threads=("deepspeedai/DeepSpeed#2800",),
     ),
     Mutation(
         "boundary_tensors_swapped",
@@ -85,6 +94,7 @@ MUTATIONS = [
         "mine * float(ctx.same_tokens.rank == 0)",
         "torch.cat((mine[:1] * float(ctx.same_tokens.rank == 0), mine[1:]))",
         small("replicated"),
+        threads=("NVIDIA/Megatron-LM#1585",),
     ),
     Mutation(
         "named_sum_of_the_last_microbatch",
@@ -93,5 +103,15 @@ MUTATIONS = [
         "values.sum()",
         "values[-1]",
         ("test_one_process_equals_plain_torch[True-ramp]",),
+    ),
+    Mutation(
+        "only_the_newest_message_kept",
+        "a stage keeps only what it produced last: waiting micro-batches get the gradients of another",
+        "engine.pipeline.executor:_deliver",
+        "run.inbox[op, stage, index] = tuple(map(Pending, tensors))",
+        "waiting = [key for key in run.inbox if key[:2] == (op, stage)] + [(op, stage, index)]\n"
+        "run.inbox |= {key: tuple(map(Pending, tensors)) for key in waiting}",
+        ("test_four_stages_and_tensor_ranks_count_once",),
+        threads=("pytorch/pytorch#139404",),
     ),
 ]

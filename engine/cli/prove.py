@@ -57,11 +57,10 @@ def run(args: list[str]) -> int:
     o = parse(ProveOptions, rest, "prove", HELP)
     if o.processes < 1:
         raise ConfigError([FieldError("cli.too-small", "--processes", o.processes, "is below 1", "Use 2 or more.")])
-    single_process("prove")
     from engine.config.load import load
 
     resolved = load(o.config, settings, world=None, reject_idle=True)
-
+    single_process("prove")  # needs torch, so config errors are reported first
     from engine.proof.prove import prove
     from engine.train.state import check_groups
 

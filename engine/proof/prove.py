@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,12 +119,15 @@ def _in_folder(cfg: Config, folder: Path) -> Config:
 
 def _train_twice(cfg: Config, ctx: ParallelContext, folder: Path, half: int) -> list[Any]:
     """The whole run, saved after `half` steps, and the rest again from there."""
+    if ctx.rank > 0:
+        warnings.simplefilter("ignore")  # rank 0 prints the same warnings
     whole = _train(cfg, ctx, folder / "checkpoints", half)
     return [whole, _train(_resuming(cfg, folder / "checkpoints" / f"step_{half:08d}"), ctx)]
 
 
 def _train_and_resume(cfg: Config, ctx: ParallelContext, checkpoint: Path) -> list[Any]:
     """The whole run, and the rest from a checkpoint of another layout."""
+    warnings.simplefilter("ignore")  # the ranks have printed them
     return [_train(cfg, ctx), _train(_resuming(cfg, checkpoint), ctx)]
 
 
@@ -167,7 +171,7 @@ def _checks(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[Che
     yield _tensors(f"gradients of step {first}", found["gradients"], wanted["gradients"], _ONE_STEP)
     for what in dict.fromkeys(name for step in exact if step not in ("validation", first) for name in exact[step]):
         here, there = (
-            {step: x[what] for step, x in side.items() if what in x and step != "validation"}
+            {f"step {step}": x[what] for step, x in side.items() if what in x and step != "validation"}
             for side in (numbers, exact)
         )
         yield _numbers(f"{what} of all steps", here, there, 0.0 if what == "counted tokens" else _MANY_STEPS)

@@ -16,9 +16,9 @@ from tests.support.drawn_configs import valid_configs
 from tests.support.planted import planted
 
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "tensor": {"parallel.tensor": 2, "model.num_kv_heads": 1, "train.z_loss": 1e-3, "train.recompute": "full"},
-    "pipeline": {"parallel.pipeline": 2, "model.tie_embeddings": "true", "train.dropout": 0.2, "data.valid": "v"},
-    "data": {"parallel.data": 2, "data.separate_documents": "true", "data.mask_eod": "true"},
+    "tensor": {"parallel.tensor": 2, "model.num_kv_heads": 1, "train.z_loss": 1e-3, "train.dropout": 0.1},
+    "pipeline": {"parallel.pipeline": 2, "model.tie_embeddings": "true", "train.recompute": "full"},
+    "data": {"parallel.data": 2, "data.separate_documents": "true", "data.mask_eod": "true", "data.valid": "v"},
 }
 SETTINGS = {"train.global_batch_size": 8, "model.num_layers": 8}
 
@@ -39,13 +39,13 @@ def test_a_layout_passes(name: str) -> None:
     assert found.passed and found.layout.world == 2 and not found.notes, failures(found)
     whats = {check.what for check in found.checks}
     assert {"initial weights", "loss of step 1", "gradients of step 1", "weights after step 6"} <= whats
-    assert ("z_loss of step 1" in whats) == (name == "tensor") and ("validation" in whats) == (name == "pipeline")
+    assert ("z_loss of step 1" in whats) == (name == "tensor") and ("validation" in whats) == (name == "data")
 
 
 def everything(tmp_path: Path) -> dict[str, Any]:
     """A config with every data option, phases, groups, skipped steps and samples."""
     blend = tmp_path / "blend.toml"
-    sources = ('name = "web"\nprefix = "a"\ntokens = 3e9', 'name = "code"\nprefix = "b"\ntokens = 1e9\nfim = false')
+    sources = ('name = "web"\nprefix = "a"\nweight = 3', 'name = "code"\nprefix = "b"\nweight = 1\nfim = false')
     blend.write_text("".join(f"[[source]]\n{source}\n" for source in sources))
     values: dict[str, Any] = {"data.train": blend, "data.tokenizer": "t", "data.fim_rate": 0.5, "data.valid": "v"}
     values |= {"data.mask_tokens": "<a> e", "data.mask_eod": "true", "data.separate_documents": "true"}
@@ -69,9 +69,10 @@ def test_every_option_of_the_data_passes(tmp_path: Path) -> None:
 
 
 @pytest.mark.heavy
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", range(12))
 def test_drawn_configs_pass(number: int) -> None:
-    found = prove(valid_configs(100 + number, 1)[0].config)
+    found = prove(valid_configs(100 + number, 1)[0].config, most=8 if number < 3 else 4)
     assert found.passed, failures(found)
 
 
@@ -80,13 +81,13 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "kv_replicas_not_summed": ("tensor", "gradients of step 1", ".k.weight .v.weight"),
     "tied_gradient_not_summed_over_the_stages": ("pipeline", "gradients of step 1", "embed.weight"),
     "gradient_averaged_over_data_ranks": ("data", "gradient norm of step 1", ""),
-    "dropout_mask_by_rank": ("pipeline", "loss of step 1", ""),
+    "dropout_mask_by_rank": ("tensor", "loss of step 1", ""),
     "zero_gather_forgotten": ("data", "loss of all steps", ""),
     "initial_values_by_rank": ("tensor", "initial weights", ""),
     "moments_not_loaded": ("data", "resumed: optimizer state", "exp_avg"),
     "named_sum_on_every_tensor_rank": ("tensor", "z_loss of step 1", ""),
     "samples_depend_on_the_data_degree": ("data", "loss of step 1", ""),
-    "validation_loss_depends_on_accumulation": ("pipeline", "validation", ""),
+    "validation_loss_depends_on_accumulation": ("data", "validation", ""),
 }
 QUICK = ("kv_replicas_not_summed", "moments_not_loaded")
 

@@ -101,9 +101,11 @@ def check(cfg: Config, most: int) -> Shrunk:
     return shrunk
 
 
-@pytest.mark.parametrize("most", [8, 4, 1])
-def test_drawn_configs_shrink(most: int) -> None:
-    for resolved in valid_configs(most, 60):
+@pytest.mark.parametrize(
+    ("most", "count"), [(8, 12), (4, 12), *(pytest.param(n, 100, marks=pytest.mark.heavy) for n in (8, 4, 1))]
+)
+def test_drawn_configs_shrink(most: int, count: int) -> None:
+    for resolved in valid_configs(most, count):
         cfg = resolved.config
         small = check(cfg, most).config
         old, new = cfg.parallel, small.parallel

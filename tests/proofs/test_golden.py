@@ -1,9 +1,10 @@
 """Runs stopped by older engines resume with the metrics of those engines, in the same and in other layouts.
 
-`golden/*.zip` were created by `python tests/proofs/golden_run.py` of the engines that wrote the format. The metrics are
-in fp32 and fp16 and bitwise equal only on the same kind of processor and in the same layout, so the tolerances allow a
-few steps with another order of sums. The effects of a wrong resume (another sample, a lost moment or loss scale,
-another learning rate) are thousands of times larger.
+`golden/*.zip` were created by `python tests/proofs/golden_run.py` of the engines that wrote the format; that of schema
+1, which is older than the script, by the engine before commit b0d12be, with the same runs but for `LACKS`. The metrics
+are in fp32 and fp16 and bitwise equal only on the same kind of processor and in the same layout, so the tolerances
+allow a few steps with another order of sums. The effects of a wrong resume (another sample, a lost moment or loss
+scale, another learning rate) are thousands of times larger.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from engine.checkpoint.format import SCHEMA
 from engine.cli.main import main
 from engine.config.derived import derive
 from engine.config.load import load
@@ -35,10 +37,11 @@ LAYOUTS: dict[str, list[dict[str, int]]] = {
 HEAVY = {"pipeline": 2, "data": 2}
 TOLERANCE = {"fp32": 2e-6, "fp16": 2e-3}
 EXACT = ("step", "tokens", "lr", "loss_scale", "skipped", "val_tokens", "val_unigram")
-# Schema 1 is older than the present sample order: the run resumes with other samples, so only what the step number
-# determines is exact.
+# The engine that wrote schema 1 had another sample order: the run resumes with other samples. What the step determines
+# is equal, and the losses are close: 4.5 at step 7, 5.6 for a new model.
 ALLOW = {"schema1": {"checkpoint.allow": "data.order"}}
-OTHER_SAMPLES = 0.5
+SAME = ("step", "tokens", "lr")
+OTHER_SAMPLES = 0.02
 CASES = [
     pytest.param(
         *(file, name, degrees),
@@ -49,6 +52,10 @@ CASES = [
     for name, layouts in LAYOUTS.items()
     for degrees in layouts
 ]
+
+
+def test_every_schema_has_a_golden_file() -> None:
+    assert [file.stem for file in FILES] == [f"schema{number}" for number in range(1, SCHEMA + 1)]
 
 
 def unpacked(file: Path, folder: Path) -> Path:
@@ -86,9 +93,13 @@ def test_a_stopped_run_resumes(tmp_path: Path, file: Path, name: str, degrees: d
     found = metrics(after[len(before) :])
     assert len(found) == len(expected)
     for line, wanted in zip(found, expected):
-        assert {k: line[k] for k in wanted if k in EXACT} == {k: wanted[k] for k in wanted if k in EXACT}
-        tolerance = OTHER_SAMPLES if file.stem in ALLOW else TOLERANCE[name]
-        assert {k: line[k] for k in wanted} == pytest.approx(wanted, rel=tolerance)
+        if file.stem in ALLOW:
+            assert {k: line[k] for k in SAME if k in wanted} == {k: wanted[k] for k in SAME if k in wanted}
+            (loss,) = {"loss", "val_loss"} & wanted.keys()
+            assert line[loss] == pytest.approx(wanted[loss], rel=OTHER_SAMPLES)
+        else:
+            assert {k: line[k] for k in wanted if k in EXACT} == {k: wanted[k] for k in wanted if k in EXACT}
+            assert {k: line[k] for k in wanted} == pytest.approx(wanted, rel=TOLERANCE[name])
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -105,4 +116,5 @@ def test_every_command_reads_it(tmp_path: Path, file: Path, capsys: pytest.Captu
         printed = capsys.readouterr()
         assert left.value.code == 0, printed.err
     losses = [re.findall(r"loss ([\d.]+)", text) for text in (printed.out, (root / "fp32/evaluated.txt").read_text())]
-    assert losses[0] == losses[1] and len(losses[0]) == 1
+    exact = 1e-3 if file.stem in ALLOW else 0  # it did not score the last tokens of a corpus, fewer than a sample
+    assert float(losses[0][0]) == pytest.approx(float(losses[1][0]), rel=exact) and len(losses[0]) == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .patch import Mutation
 
 DIFFERENCES = "test_differences[found{}-wanted{}-{}]"
-DRAWN = ("test_drawn_configs_shrink[8]",)
+DRAWN = ("test_drawn_configs_shrink[8-12]",)
 
 MUTATIONS = [
     Mutation(

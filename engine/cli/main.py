@@ -101,6 +101,7 @@ _VERBS = {
     "generate": "continue a prompt with a checkpoint",
     "import": "convert a Hugging Face folder or a Megatron-LM checkpoint",
     "export": "write a checkpoint as a Hugging Face folder",
+    "diff": "find the first tensor in which two layouts or runs differ",
     "verify": "check every file of a checkpoint against its digests",
     "plot": "draw the loss curve of runs",
     "schedule": "check, simulate, draw, compare and search pipeline schedules",

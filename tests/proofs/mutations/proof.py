@@ -7,6 +7,7 @@ from .patch import Mutation
 DIFFERENCES = "test_differences[found{}-wanted{}-{}]"
 DRAWN = ("test_drawn_configs_shrink[8-12]",)
 
+_CLEAN = "test_difference::test_clean_layouts_do_not_differ"
 MUTATIONS = [
     Mutation(
         "proof_ignores_missing_tensors",
@@ -95,5 +96,85 @@ MUTATIONS = [
         "[min(count, base + (count > least)) for count in picked]",
         "[base for count in picked]",
         DRAWN,
+    ),
+    Mutation(
+        "traced_positions_of_the_first_part",
+        "under sequence parallelism the activations of all tensor ranks are compared with those of the first positions",
+        "engine.proof.capture:Site.rectangles",
+        "self.positions.rank * rows.shape[1]",
+        "0",
+        (f"{_CLEAN}[sequence-bf16]",),
+    ),
+    Mutation(
+        "traced_features_of_the_first_rank",
+        "the outputs of column-parallel matmuls of all ranks are compared with the first features",
+        "engine.proof.capture:_site",
+        "p.offset[0]",
+        "0",
+        (f"{_CLEAN}[sequence-bf16]",),
+    ),
+    Mutation(
+        "traced_partial_gradients",
+        "ranks that share a KV head compare their parts of its gradient with the whole",
+        "engine.proof.capture:Tracer._write",
+        "part.sum_over",
+        "()",
+        (f"{_CLEAN}[shared-kv-fp64]",),
+    ),
+    Mutation(
+        "traced_with_the_wrong_micro_batch",
+        "an activation that is recomputed in the backward belongs to the micro-batch of the last forward",
+        "engine.proof.capture:_TracedStage._propagate",
+        "self.tracer.stage, self.tracer.microbatch = self.number, index",
+        "self.tracer.stage = self.number",
+        (f"{_CLEAN}[pipeline-full-fp64]",),
+    ),
+    Mutation(
+        "noise_of_the_forward_only",
+        "gradients get no noise of their own, so what rounding may do to them is underestimated",
+        "engine.proof.capture:Noise.__call__",
+        "return x + (drawn * size).view(x.shape).to(x.dtype)",
+        'return x if key.endswith("gradient") else x + (drawn * size).view(x.shape).to(x.dtype)',
+        ("test_noise_reaches_every_tensor",),
+    ),
+    Mutation(
+        "uncovered_values_compared",
+        "values that no rank of the reference has are compared with what is in memory",
+        "engine.proof.traces:Trace.rectangle",
+        "last is not None and covered.all()",
+        "last is not None",
+        ("test_rectangles_are_assembled_from_those_of_other_ranks",),
+    ),
+    Mutation(
+        "nan_is_within_every_limit",
+        "a difference that is not a number is not above the limit",
+        "engine.proof.difference:judge",
+        "distance <= allowed",
+        "not distance > allowed",
+        ("test_values_that_are_not_finite_differ[nan]",),
+    ),
+    Mutation(
+        "uncertainty_of_the_moves_ignored",
+        "the limit takes the mean of a few moves for what rounding does on average",
+        "engine.proof.difference:limit",
+        "_tail(2 * exponent / (MOVES * nu), 1e-300, 1.0)",
+        "1.0",
+        ("test_the_limit_holds_for_noise_of_that_many_degrees_of_freedom[1]",),
+    ),
+    Mutation(
+        "whole_traces_in_memory",
+        "all values of a trace are read at once",
+        "engine.proof.traces:Trace.__init__",
+        "np.asarray(mapped)",
+        "np.array(mapped)",
+        ("test_no_more_than_one_tensor_is_in_memory",),
+    ),
+    Mutation(
+        "other_seed_compared",
+        "two configs with different seeds are compared, and differ everywhere",
+        "engine.proof.sides:incomparable",
+        "(x := first.get(path)) != (y := second.get(path))",
+        '(x := first.get(path)) != (y := second.get(path)) and path != "train.seed"',
+        ("test_wrong_options_are_reported[args2-proof.not-comparable]",),
     ),
 ]

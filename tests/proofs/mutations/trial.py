@@ -81,8 +81,8 @@ def copy_repository(to: Path, extensions: bool) -> None:
     shutil.copy2(ROOT / "pyproject.toml", to)
 
 
-def run_tests(root: Path, node_ids: Iterable[str]) -> None:
-    """In a forked process: run pytest in the copy of the repository at `root`, and exit with its exit code."""
+def enter(root: Path) -> None:
+    """In a forked process: import engine and tests from the copy at `root` from now on, and write output to its log."""
     os.chdir(root)
     log = os.open(root / "log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
@@ -98,6 +98,11 @@ def run_tests(root: Path, node_ids: Iterable[str]) -> None:
     for name in ("_index", "_ops", "_shared"):
         found = importlib.util.find_spec(f"engine.{name}")
         assert found is None or Path(found.origin or "").parent == root / "engine", f"{name} is not of the copy"
+
+
+def run_tests(root: Path, node_ids: Iterable[str]) -> None:
+    """In a forked process: run pytest in the copy of the repository at `root`, and exit with its exit code."""
+    enter(root)
     code = pytest.main(["-x", "--tb=short", "-p", "no:xdist", *node_ids])
     sys.stdout.flush()
     os._exit(code)

@@ -43,7 +43,7 @@ from engine.model.residual import Branch
 from engine.model.transformer import Block, Transformer
 from engine.ops.draws import Key, Places, uniform
 from engine.pipeline.stage import Stage
-from engine.proof.traces import BACKWARD, FORWARD, GRADIENTS, START, UPDATE, Record, TraceWriter
+from engine.proof.traces import BACKWARD, FORWARD, GRADIENTS, START, UPDATE, TensorRecord, TraceWriter
 from engine.train.state import TrainState
 from engine.train.step import StepResult
 
@@ -133,13 +133,13 @@ class Tracer:
         place, label = self._place(site.op, site.parts[0].name), site.parts[0].name
         if self.noise.move:
             x = self.noise(x, self.noise.unit, self.step, f"{label} {self.microbatch} {self.state.ctx.rank}")
-        where = Record((self.step, FORWARD, self.stage, place), "activation", label, site.op, self.microbatch)
+        where = TensorRecord((self.step, FORWARD, self.stage, place), "activation", label, site.op, self.microbatch)
         self._write(site, x, where)
         if x.requires_grad:
             x.register_hook(lambda grad: self._gradient(site, grad, where))
         return x
 
-    def _gradient(self, site: Site, grad: Tensor, where: Record) -> Tensor | None:
+    def _gradient(self, site: Site, grad: Tensor, where: TensorRecord) -> Tensor | None:
         """Record the gradient of an activation. What computes it is the backward of the operation that reads it."""
         step, _, stage, place = where.key
         after, reader = (*self.sites, (-1, ""))[place + 1]
@@ -160,7 +160,7 @@ class Tracer:
             self.sites.append((self.stage, f"{op} {label}"))
         return self.places[self.stage, label]
 
-    def _write(self, site: Site, x: Tensor, where: Record) -> None:
+    def _write(self, site: Site, x: Tensor, where: TensorRecord) -> None:
         """Write a tensor, once for each micro-batch and step: recomputation repeats it."""
         for number, (part, values, offset) in enumerate(site.rectangles(x.detach(), self.samples[where.microbatch])):
             if (where.kind, part.name, where.microbatch) in self.seen:
@@ -179,7 +179,7 @@ class Tracer:
         if ("losses", "", self.microbatch) not in self.seen:
             self.seen.add(("losses", "", self.microbatch))
             key, offset = (self.step, FORWARD, self.stage, place), (self.samples[self.microbatch],)
-            self.writer.write(Record(key, "activation", "losses", LOSS, self.microbatch, offset), losses.detach())
+            self.writer.write(TensorRecord(key, "activation", "losses", LOSS, self.microbatch, offset), losses.detach())
         return losses
 
     # -- parameters
@@ -190,10 +190,10 @@ class Tracer:
         state.wait_for_weights()
         for shard in state.optimizer.states():
             kind = "master weights" if shard.kind == "model" else shard.kind
-            like = Record((self.step, phase, 0, order[id(shard.param)]), kind, "", "optimizer")
+            like = TensorRecord((self.step, phase, 0, order[id(shard.param)]), kind, "", "optimizer")
             self._rectangles(shard.param, shard.begin, self._stored(shard.flat, kind, self.noise.stored_unit), like)
         for p in state.params:
-            like = Record((self.step, phase, 1, order[id(p)]), "weights", "", "all-gather of weights")
+            like = TensorRecord((self.step, phase, 1, order[id(p)]), "weights", "", "all-gather of weights")
             self._rectangles(p, 0, self._stored(p.detach().view(-1), "weights", self.noise.unit), like)
 
     def _stored(self, flat: Tensor, kind: str, unit: float) -> Tensor:
@@ -215,14 +215,14 @@ class Tracer:
                     whole.copy_(self.noise(whole, self.noise.reduced_unit, self.step, name))
                 key = (self.step, GRADIENTS, -order[id(p)])
                 flat = bucket.grads[start + begin : start + end]
-                self._rectangles(p, begin, flat, Record(key, "weight gradient", "", "weight gradient"))
+                self._rectangles(p, begin, flat, TensorRecord(key, "weight gradient", "", "weight gradient"))
 
-    def _rectangles(self, p: Parameter, begin: int, flat: Tensor, like: Record) -> None:
+    def _rectangles(self, p: Parameter, begin: int, flat: Tensor, like: TensorRecord) -> None:
         for number, piece in enumerate(p.spec.pieces(self.state.ctx)):
             for offset, shape, first in piece.rectangles(begin, begin + len(flat)):
                 values = flat[first - begin :][: math.prod(shape)].view(shape)
                 self.writer.write(
-                    Record((*like.key, number), like.kind, piece.name, like.op, like.microbatch, offset), values
+                    TensorRecord((*like.key, number), like.kind, piece.name, like.op, like.microbatch, offset), values
                 )
 
     def result(self, result: StepResult) -> None:
@@ -230,7 +230,7 @@ class Tracer:
         numbers = {"loss": result.loss, **result.sums, "gradient norm": result.norms.norm, "learning rate": result.lr}
         for place, (name, value) in enumerate(numbers.items()):
             key = (self.state.step, GRADIENTS, 1, place)
-            record = Record(key, "number", name, "loss" if place == 0 else "step")
+            record = TensorRecord(key, "number", name, "loss" if place == 0 else "step")
             self.writer.write(record, torch.tensor(value, dtype=torch.float64))
 
 

@@ -21,21 +21,21 @@ from pathlib import Path
 import numpy as np
 
 from engine.proof.sides import Side, noise_of, record
-from engine.proof.traces import Array, Record, TensorKey, Trace
+from engine.proof.traces import Array, TensorKey, TensorRecord, Trace
 
 MOVES = 4
 FALSE_ALARMS = 1e-6  # probability that a correct layout is reported, over all of its rectangles
 
 
 @dataclass(frozen=True)
-class Finding:
+class TensorDifference:
     """A rectangle that differs. here: of the side that is judged; there: of the reference.
 
     distance: root mean square of the difference; allowed: what rounding explains; size: of the reference's values.
     """
 
-    here: Record
-    there: Record
+    here: TensorRecord
+    there: TensorRecord
     distance: float
     allowed: float
     size: float
@@ -48,7 +48,7 @@ class LayoutDifference:
     only: names of tensors that only side a, and only side b has. reference: 0 if side a is the reference, 1 for b.
     """
 
-    findings: tuple[Finding, ...]
+    findings: tuple[TensorDifference, ...]
     compared: int
     tensors: int
     only: tuple[tuple[str, ...], tuple[str, ...]]
@@ -136,8 +136,8 @@ def _degrees_of_freedom(differences: Sequence[Array], squares: Sequence[float]) 
 
 
 def judge(
-    record: Record, values: Array, found: tuple[Array, Record], moved: Sequence[Array], tests: int
-) -> Finding | None:
+    record: TensorRecord, values: Array, found: tuple[Array, TensorRecord], moved: Sequence[Array], tests: int
+) -> TensorDifference | None:
     """The finding if a rectangle differs, else None."""
     reference, there = found
     differences = [(m - reference).ravel() for m in moved]
@@ -151,4 +151,4 @@ def judge(
         return None
     per_value = math.sqrt(max(1, reference.size))
     size = float(np.linalg.norm(reference)) / per_value
-    return Finding(record, there, distance / per_value, allowed / per_value, size)
+    return TensorDifference(record, there, distance / per_value, allowed / per_value, size)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from engine.proof.difference import Finding, LayoutDifference
+from engine.proof.difference import LayoutDifference, TensorDifference
 from engine.proof.sides import Side, described_sides
-from engine.proof.traces import Record
+from engine.proof.traces import TensorRecord
 
 _PHASES = ("state before the step", "forward", "backward", "gradients", "update")
 _MOST = 5  # further tensors that are listed
@@ -43,16 +43,16 @@ def _others(found: LayoutDifference) -> Iterator[str]:
         yield from (f"  {place}" for place in places[:_MOST])
 
 
-def _by_side(finding: Finding, reference: int) -> tuple[Record, Record]:
+def _by_side(finding: TensorDifference, reference: int) -> tuple[TensorRecord, TensorRecord]:
     return (finding.here, finding.there) if reference else (finding.there, finding.here)
 
 
-def place_of(record: Record) -> str:
+def place_of(record: TensorRecord) -> str:
     """Step, phase and tensor of a record in words."""
     return f"step {record.key[0]}, {_PHASES[record.key[1]]}: {record.kind} {record.name}"
 
 
-def _held(record: Record) -> str:
+def _held(record: TensorRecord) -> str:
     ranges = ", ".join(f"{begin}:{begin + length}" for begin, length in zip(record.offset, record.shape))
     batch = "" if record.microbatch < 0 else f", micro-batch {record.microbatch}"
     return f"rank {record.rank}{batch}, [{ranges}]"
@@ -79,7 +79,7 @@ def fields_of(found: LayoutDifference, sides: Sequence[Side], notes: Sequence[st
     }
 
 
-def _fields(finding: Finding, reference: int) -> dict[str, Any]:
+def _fields(finding: TensorDifference, reference: int) -> dict[str, Any]:
     record = finding.here
     held = {
         name: {"rank": r.rank, "microbatch": None if r.microbatch < 0 else r.microbatch, "offset": r.offset}

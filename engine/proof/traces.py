@@ -26,7 +26,7 @@ TensorKey = tuple[int, int, str, str]
 
 
 @dataclass(frozen=True)
-class Record:
+class TensorRecord:
     """A rectangle of a canonical tensor, as one rank holds it.
 
     key: sorts by program order; it begins with step and phase. kind: what the tensor is, such as "activation". name:
@@ -66,7 +66,7 @@ class TraceWriter:
         self.values = (folder / f"rank_{rank}.bin").open("wb")
         self.records = (folder / f"rank_{rank}.jsonl").open("w", encoding="utf-8")
 
-    def write(self, record: Record, values: Tensor) -> None:
+    def write(self, record: TensorRecord, values: Tensor) -> None:
         """Append a rectangle; `record` gives everything except shape, dtype, place and rank."""
         wide = values.to(torch.float64 if values.dtype == torch.float64 else torch.float32)
         array = np.ascontiguousarray(wide.cpu().numpy())
@@ -99,17 +99,17 @@ class Trace:
             with lines.open(encoding="utf-8") as file:
                 records += [_record(json.loads(line)) for line in file]
         self.records = sorted(records, key=lambda r: (r.key, r.microbatch, r.rank))
-        self.by_tensor: dict[TensorKey, list[Record]] = defaultdict(list)
+        self.by_tensor: dict[TensorKey, list[TensorRecord]] = defaultdict(list)
         for record in self.records:
             self.by_tensor[record.tensor].append(record)
 
-    def values(self, record: Record) -> Array:
+    def values(self, record: TensorRecord) -> Array:
         """The values of a record, mapped from its file."""
         dtype = np.dtype(record.dtype)
         size = math.prod(record.shape) * dtype.itemsize
         return self.files[record.rank][record.at : record.at + size].view(dtype).reshape(record.shape)
 
-    def rectangle(self, like: Record) -> tuple[Array, Record] | None:
+    def rectangle(self, like: TensorRecord) -> tuple[Array, TensorRecord] | None:
         """The same rectangle of the same tensor, float64, and a record that holds a part of it; None if it is not here.
 
         Where several ranks hold the same values, those of the last are taken.
@@ -125,12 +125,12 @@ class Trace:
         return (out, last) if last is not None and covered.all() else None
 
 
-def _overlap(a: Record, b: Record) -> Iterator[tuple[int, int]]:
+def _overlap(a: TensorRecord, b: TensorRecord) -> Iterator[tuple[int, int]]:
     """In each dim, the range that two rectangles share; empty if begin >= end."""
     for begin, length, other, more in zip(a.offset, a.shape, b.offset, b.shape):
         yield max(begin, other), min(begin + length, other + more)
 
 
-def _record(values: dict[str, Any]) -> Record:
+def _record(values: dict[str, Any]) -> TensorRecord:
     lists = {name: tuple(values[name]) for name in ("key", "offset", "shape")}
-    return Record(**{**values, **lists})
+    return TensorRecord(**{**values, **lists})

@@ -21,7 +21,7 @@ from engine.proof import difference
 from engine.proof.difference import MOVES, LayoutDifference, compare, first_difference, limit
 from engine.proof.sides import Side, noise_of
 from engine.proof.small_data import with_small_data
-from engine.proof.traces import FORWARD, Record, Trace, TraceWriter
+from engine.proof.traces import FORWARD, TensorRecord, Trace, TraceWriter
 from tests.support.cases import config
 from tests.support.errors import raises
 from tests.support.runs import TINY
@@ -167,7 +167,7 @@ def test_in_bf16_a_fault_above_rounding_is_found(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_values_that_are_not_finite_differ(bad: float) -> None:
-    record = Record((1, FORWARD, 0, 0), "activation", "x", "norm", 0, (0,), (4,))
+    record = TensorRecord((1, FORWARD, 0, 0), "activation", "x", "norm", 0, (0,), (4,))
     reference = np.ones(4)
     moved = [reference + 1e-3 * k for k in range(1, MOVES + 1)]
     assert difference.judge(record, np.array([1.0, 1.0, bad, 1.0]), (reference, record), moved, 10) is not None
@@ -192,14 +192,14 @@ def test_many_degrees_of_freedom_make_the_limit_narrow() -> None:
 # -- traces
 
 
-def write(folder: Path, rank: int, *entries: tuple[Record, torch.Tensor]) -> None:
+def write(folder: Path, rank: int, *entries: tuple[TensorRecord, torch.Tensor]) -> None:
     with TraceWriter(folder, rank) as writer:
         for record, values in entries:
             writer.write(record, values)
 
 
-def of(name: str, offset: tuple[int, ...], shape: tuple[int, ...] = (), *, place: int = 0) -> Record:
-    return Record((1, FORWARD, 0, place), "activation", name, "norm", 0, offset, shape)
+def of(name: str, offset: tuple[int, ...], shape: tuple[int, ...] = (), *, place: int = 0) -> TensorRecord:
+    return TensorRecord((1, FORWARD, 0, place), "activation", name, "norm", 0, offset, shape)
 
 
 def test_rectangles_are_assembled_from_those_of_other_ranks(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ def main() -> int:
     if unknown:
         parser.error(f"no mutation named {', '.join(sorted(unknown))}")
     chosen = [m for m in MUTATIONS if (not args.only or m.name in args.only) and (m.threads or not args.zoo)]
+    if not chosen:
+        parser.error(f"none of them is in the zoo: {', '.join(args.only)}")
     console, begin = Console(), time.monotonic()
     extensions = built() and not args.without_extensions
     impossible = [m.name for m in chosen if m.path == "kernels" and not extensions]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .catchers import small
+from .catchers import RESUME, small
 from .patch import Mutation
 
 CUSTOM = ("test_custom_float32_kernels_in_a_layout[rmsnorm-0.3]",)
@@ -137,5 +137,15 @@ MUTATIONS = [
         "batch.to(self.ctx.device)",
         "batch.to(self.ctx.device).drawing(1, 1)",
         ("test_validation_drops_nothing",),
+    ),
+    Mutation(
+        "draws_restart_at_resume",
+        "after a resume the random numbers are not those of the step",
+        "engine.train.step:train_step",
+        "state.step + 1",
+        'state.step + 1 - state.__dict__.setdefault("begun", state.step)',
+        RESUME,
+        nth=(1, 4),
+        threads=("NVIDIA/Megatron-LM#6858",),
     ),
 ]

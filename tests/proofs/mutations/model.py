@@ -27,6 +27,7 @@ MUTATIONS = [
         small("replicated"),
         threads=(
             "NVIDIA-NeMo/RL#3716",
+            "NVIDIA-NeMo/Automodel#3822",
             "NVIDIA/Megatron-LM#7452",
         ),
     ),

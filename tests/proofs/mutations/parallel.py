@@ -58,7 +58,6 @@ MUTATIONS = [
         "b.zero",
         "b.zero and overlap is None",
         small("zero"),
-        threads=("huggingface/nanotron#242",),
     ),
     Mutation(
         "embedding_stale_under_zero",

@@ -192,7 +192,7 @@ def _resumed(again: Mapping[str, Any], whole: Mapping[str, Any], what: str, limi
     found, wanted = (
         {f"{name} of step {step}": x for step in here for name, x in side[step].items()} for side in (here, there)
     )
-    yield _numbers(f"{what}: numbers of steps", found, wanted, limit)
+    yield _numbers(f"{what}: numbers", found, wanted, limit)
 
 
 def _tensors(what: str, found: Any, wanted: Any, limit: float) -> Check:
@@ -200,7 +200,8 @@ def _tensors(what: str, found: Any, wanted: Any, limit: float) -> Check:
     errors = errors_of(found.tensors, wanted.tensors)
     worst = max(errors, key=lambda name: (name in found.faults, errors[name]), default="")
     problem = found.faults.get(worst, "") or wanted.faults.get(worst, "")
-    return Check(what, errors.get(worst, 0.0), limit, worst if errors.get(worst) or problem else "", problem)
+    shown = worst.removeprefix("grad/") if errors.get(worst) or problem else ""
+    return Check(what, errors.get(worst, 0.0), limit, shown, problem)
 
 
 def _numbers(what: str, found: Mapping[str, Any], wanted: Mapping[str, Any], limit: float) -> Check:

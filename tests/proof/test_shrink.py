@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from engine.config.checks import config_errors
-from engine.config.derived import degrees_of, derive, layers_per_stage, read_plan
+from engine.config.derived import NOT_BUILT, degrees_of, derive, layers_per_stage, read_plan
 from engine.config.load import load
 from engine.config.phases import phases_of
 from engine.config.presets import PRESETS
-from engine.config.schema import Config
+from engine.config.schema import Config, fields
 from engine.distributed.layout import AXES
 from engine.model.build import num_parameters, parameter_specs
 from engine.optim.groups import group_errors, group_of
@@ -62,6 +62,17 @@ SIZES = {
     "monitor.tensorboard",
     "monitor.timeline_step",
 }
+
+
+# numbers that are no sizes: they stay
+KEPT = {"train.seed", "parallel.zero", "data.prefetch", *(f"parallel.{axis}" for axis in NOT_BUILT)}
+
+
+def test_every_number_is_shrunk_or_kept() -> None:
+    """A new setting: shrink it in engine/proof/shrink.py if it is a size, so that `engine prove` stays fast."""
+    numbers = {f"{section}.{name}" for section, name, field in fields() if field.annotation is int}
+    numbers -= {name for name in numbers if name.startswith(("checkpoint.", "monitor."))}  # no numbers of the model
+    assert numbers - SIZES - KEPT == {"train.loss_scale_window"}  # of fp16 only
 
 
 def flat(values: Any, path: str = "") -> dict[str, Any]:

@@ -47,7 +47,7 @@ MUTATIONS = [
         "engine.proof.prove:Check.passed",
         "self.error <= self.limit and not self.problem",
         "not self.problem",
-        ("test_a_fault_is_found_and_named[kv_replicas_not_summed]",),
+        ("test_a_fault_is_found_and_named[moments_not_loaded]",),
     ),
     Mutation(
         "resumed_run_compared_with_itself",

@@ -196,9 +196,9 @@ class Tracer:
             like = TensorRecord((self.step, phase, 1, order[id(p)]), "weights", "", "all-gather of weights")
             self._rectangles(p, 0, self._stored(p.detach().view(-1), "weights", self.noise.unit), like)
 
-    def _stored(self, flat: Tensor, kind: str, unit: float) -> Tensor:
+    def _stored(self, values: Tensor, kind: str, unit: float) -> Tensor:
         """What is recorded of values that a step stores: with noise if there is a move, as the last bit may differ."""
-        return self.noise(flat, unit, self.step, f"{kind} {self.state.ctx.rank}") if self.noise.move else flat
+        return self.noise(values, unit, self.step, f"{kind} {self.state.ctx.rank}") if self.noise.move else values
 
     def gradients(self) -> None:
         """Record the reduced gradients of this rank, before clipping; with noise if there is a move."""
@@ -231,7 +231,9 @@ class Tracer:
         for place, (name, value) in enumerate(numbers.items()):
             key = (self.state.step, GRADIENTS, 1, place)
             record = TensorRecord(key, "number", name, "loss" if place == 0 else "step")
-            self.writer.write(record, torch.tensor(value, dtype=torch.float64))
+            number = torch.tensor(value, dtype=torch.float64)
+            given = name == "learning rate"  # a function of the step
+            self.writer.write(record, number if given else self._stored(number, name, self.noise.stored_unit))
 
 
 LOSS = "output head and loss"

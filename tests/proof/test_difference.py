@@ -89,12 +89,13 @@ def test_every_part_of_a_step_is_compared(tmp_path: Path) -> None:
 
 
 def test_noise_reaches_every_tensor(tmp_path: Path) -> None:
-    """Each move differs from the reference in every tensor, except in numbers that are given."""
+    """Each move differs from the reference in every tensor, except in numbers that are given and states of zero."""
     folder = tmp_path / "traces"
     first_difference(sides(tmp_path, parallel_data=2), 1, folder)
     there, move = (Trace(folder / "there" / str(k)) for k in (0, 1))
-    same = {r.name for r in there.records if np.array_equal(there.values(r), move.values(r))}
-    assert same == {"learning rate"}
+    assert len(there.records) == len(move.records)
+    same = [r for r in there.records if np.array_equal(there.values(r), move.values(r))]
+    assert {r.name for r in same if np.any(there.values(r))} == {"learning rate"}
     last = next(r for r in there.records if r.kind == "gradient")  # the first in the backward: only its own noise
     size = np.abs(move.values(last) - there.values(last)).max() / np.abs(there.values(last)).max()
     assert 1e-16 < size < 1e-13

@@ -183,6 +183,15 @@ FAULTS: dict[str, tuple[str, str]] = {
     "loss_scale_not_undone": ("fp16", f"{_WEIGHTS}|update: exp_avg"),
     "named_sum_not_reduced_over_data_ranks": ("data", "number (z_)?loss"),
     "z_loss_scaled_twice": ("fp16", "z_loss|backward of output head"),
+    "gradient_doubled_by_each_microbatch": ("one", "weight gradient"),
+    "norm_weight_never_trained": ("one", "weight gradient .*norm"),
+    "variance_term_weighted_twice": ("one", "backward of norm"),
+    "norm_offset_ignored": ("gemma", r"\| norm"),
+    "norm_with_offset_begins_at_one": ("gemma", "state before"),
+    "copies_counted_in_the_softmax": ("replicated", "losses|output head"),
+    "z_loss_gradient_by_tensor_degree": ("sequence", "z_loss|backward of output head"),
+    "windows_begin_one_layer_late": ("window", "layers.0.*attention core"),
+    "update_count_never_advances": ("ramp", _WEIGHTS),
 }
 PROBES["pipeline-zero"] = (_TIED, _P2 | _D2)
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+from tests.proofs.located import FAULTS
+
 from . import MUTATIONS
 from .patch import ROOT, Mutation
 from .trial import node_id
@@ -60,10 +62,14 @@ are not listed. `python -m tests.proofs.mutations.zoo` writes this page.
 |---|---|---|
 {kinds}
 
+"Located": the bug changes a value of a step, and [`engine diff`](proofs.md#first-difference) finds it without a test.
+`python -m tests.proofs.located` fails unless the first difference is at the operation or layer with the bug for nine of
+ten such mutations.
+
 ## Bugs
 
-| bug | threads | injected into | caught by |
-|---|---|---|---|
+| bug | threads | injected into | caught by | located |
+|---|---|---|---|---|
 {rows}
 """
 
@@ -90,7 +96,8 @@ def page() -> str:
 def _row(bug: Mutation) -> str:
     links = ", ".join(_link(thread) for thread in bug.threads)
     kind, function = kind_of(bug.tests[0]), bug.tests[0].rpartition("::")[2].partition("[")[0]
-    return f"| {bug.why} | {links} | `{bug.where.removeprefix('engine.')}` | {kind}: `{function}` |"
+    located = "yes" if bug.name in FAULTS else ""
+    return f"| {bug.why} | {links} | `{bug.where.removeprefix('engine.')}` | {kind}: `{function}` | {located} |"
 
 
 def _link(thread: str) -> str:

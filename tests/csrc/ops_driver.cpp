@@ -219,14 +219,18 @@ void attentions() {
     const int64_t* documents = pick(0, 2) ? begin.data() : nullptr;
     const auto grad = draw<float>(s * b * n * d);
     const AttentionShape shape{s, keys, b, n, m, d};
+    std::vector<int64_t> places;
+    for (int64_t i = 0; i < b * n * s; i++) places.push_back(pick(0, int64_t(1) << 40));
+    const WeightDropout dropout{pick(0, 1) ? places.data() : nullptr, {3, 4}, uint32_t(1) << 30, 1.5f};
     std::vector<std::vector<float>> first;
     for (const Tiles* tiles : all_tiles()) {
         auto gq = again(empty_q), gk = again(empty_k), gv = again(empty_k);
         auto out = output<float>(s * b * n * d), lse = output<float>(b * n * s);
-        tiles->forward(constant(q), constant(k), constant(v), documents, out.data(), lse.data(), shape, 0.3, threads);
+        tiles->forward(constant(q), constant(k), constant(v), documents, out.data(), lse.data(), shape, 0.3, dropout,
+                       threads);
         check(out, "attention"), check(lse, "lse");
         tiles->backward({grad.data(), n * d, d, b * n * d}, constant(q), constant(k), constant(v), documents,
-                        out.data(), lse.data(), gq.heads, gk.heads, gv.heads, shape, 0.3, threads);
+                        out.data(), lse.data(), gq.heads, gk.heads, gv.heads, shape, 0.3, dropout, threads);
         check(gq.values, "gradient of q"), check(gk.values, "gradient of k"), check(gv.values, "gradient of v");
         if (first.empty()) first = {out, gq.values, gk.values, gv.values};
         same(out, first[0], "attention"), same(gq.values, first[1], "gradient of q");

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.csrc.emulated import FLAGS, ROOT, run
-from tests.csrc.sources import KERNELS
+from tests.csrc.emulated import FLAGS, ROOT
+from tests.csrc.sources import KERNELS, run
 
 NVCC = shutil.which("nvcc")
 # Flags of setup.py for the CPU kernels: sums that are not vectorised round more than the operators' tests allow.

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from engine.ops import draws, native
-from tests.csrc.emulated import run
-from tests.csrc.sources import CSRC
+from tests.csrc.sources import CSRC, run
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")

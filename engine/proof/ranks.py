@@ -15,6 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -59,18 +60,21 @@ def run(
     fork = multiprocessing.get_context("fork")
     deadline = time.monotonic() + timeout_s  # before the watchdog of any rank
     with tempfile.TemporaryDirectory() as folder:
-        pipes, processes = [], []
+        pipes: list[Connection] = []
+        processes = []
         for rank in range(layout.world):
             ours, theirs = fork.Pipe(duplex=False)
+            pipes.append(ours)
 
             def body(rank: int = rank, pipe: Connection = theirs) -> None:
                 faulthandler.dump_traceback_later(timeout_s, exit=True, file=2)
+                for inherited in pipes:  # else a rank whose caller was killed would wait for a reader
+                    inherited.close()
                 _rank(pipe, lambda: function(_connect(layout, rank, f"{folder}/store", dtype, transport, timeout_s)))
 
             processes.append(fork.Process(target=body))
             processes[rank].start()
             theirs.close()
-            pipes.append(ours)
         try:
             return _collect(pipes, deadline)
         finally:
@@ -96,8 +100,8 @@ def _rank(pipe: Connection, work: Callable[[], Any]) -> None:
     except BaseException as error:
         code, text = (error.code, str(error)) if isinstance(error, EngineError) else ("", repr(error))
         message = pack({"code": code, "text": text, "trace": traceback.format_exc()})
-    pipe.send_bytes(message)
-    pipe.close()
+    with suppress(OSError):  # the caller has ended
+        pipe.send_bytes(message)
     os._exit(0)
 
 

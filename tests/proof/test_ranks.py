@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,3 +78,23 @@ def test_ranks_that_hang_are_ended(capfd: pytest.CaptureFixture[str]) -> None:
         run(TWO, lambda ctx: time.sleep(600), timeout_s=1.0)
     assert caught.value.code == "proof.ranks-hang" and "rank 0, 1 " in str(caught.value)
     assert "in <lambda>" in capfd.readouterr().err
+
+
+def test_ranks_end_after_their_caller_was_killed(tmp_path: Path) -> None:
+    def job(ctx: ParallelContext) -> np.ndarray[Any, Any]:
+        (tmp_path / f"{ctx.rank}").write_text(str(os.getpid()))
+        time.sleep(1)
+        return np.zeros(1 << 20)  # more than a pipe holds
+
+    if not (caller := os.fork()):
+        run(TWO, job)
+        os._exit(0)
+    files, deadline = [tmp_path / "0", tmp_path / "1"], time.monotonic() + 50
+    while not all(file.exists() and file.read_text() for file in files):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(caller, signal.SIGKILL)
+    os.waitpid(caller, 0)
+    while any(Path(f"/proc/{file.read_text()}").exists() for file in files):
+        assert time.monotonic() < deadline, "a rank still runs"
+        time.sleep(0.05)

@@ -177,4 +177,12 @@ MUTATIONS = [
         '(x := first.get(path)) != (y := second.get(path)) and path != "train.seed"',
         ("test_wrong_options_are_reported[args2-proof.not-comparable]",),
     ),
+    Mutation(
+        "rank_waits_for_a_killed_caller",
+        "ranks inherit the read ends of each other's pipes, so their last message waits for a reader",
+        "engine.proof.ranks:run.body",
+        "inherited.close()",
+        "inherited.fileno()",
+        ("test_ranks_end_after_their_caller_was_killed",),
+    ),
 ]

@@ -18,8 +18,9 @@ from engine.errors import CheckpointError, ConfigError
 from engine.model.layers import RowLinear
 from engine.optim.optimizer import Optimizer
 from engine.proof import difference
+from engine.proof.capture import Noise
 from engine.proof.difference import MOVES, LayoutDifference, compare, first_difference, limit
-from engine.proof.sides import Side, noise_of
+from engine.proof.sides import Side, noise_of, record
 from engine.proof.small_data import with_small_data
 from engine.proof.traces import FORWARD, TensorRecord, Trace, TraceWriter
 from tests.support.cases import config
@@ -96,9 +97,15 @@ def test_noise_reaches_every_tensor(tmp_path: Path) -> None:
     assert len(there.records) == len(move.records)
     same = [r for r in there.records if np.array_equal(there.values(r), move.values(r))]
     assert {r.name for r in same if np.any(there.values(r))} == {"learning rate"}
-    last = next(r for r in there.records if r.kind == "gradient")  # the first in the backward: only its own noise
-    size = np.abs(move.values(last) - there.values(last)).max() / np.abs(there.values(last)).max()
-    assert 1e-16 < size < 1e-13
+
+
+def test_gradients_have_noise_of_the_backward(tmp_path: Path) -> None:
+    """With noise in the backward only, no activation moves, and the first gradient of the backward does."""
+    _, one = sides(tmp_path)
+    record(one, tmp_path / "traces", [Noise(0, 0.0, 0.0, 0.0, 0.0), Noise(1, 0.0, 2.0**-50, 0.0, 0.0)], 1)
+    there, move = (Trace(tmp_path / "traces" / str(k)) for k in (0, 1))
+    moved = {(r.kind, r.name) for r in there.records if not np.array_equal(there.values(r), move.values(r))}
+    assert ("gradient", "norm") in moved and not any(kind == "activation" for kind, _ in moved)
 
 
 # -- planted faults
@@ -221,8 +228,8 @@ def test_no_more_than_one_tensor_is_in_memory(tmp_path: Path) -> None:
         for k in range(count):
             values = 1 + 1e-6 * torch.rand(size, generator=rng, dtype=torch.float64)
             write(tmp_path / str(folder), k, (of(f"x{k}", (0,), place=k), values))
-    here, there, *moves = (Trace(tmp_path / str(k)) for k in range(MOVES + 2))
     tracemalloc.start()
+    here, there, *moves = (Trace(tmp_path / str(k)) for k in range(MOVES + 2))
     assert compare(here, there, moves).compared == count
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

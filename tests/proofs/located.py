@@ -91,7 +91,7 @@ PROBES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 _NORM, _LOSSES = "number gradient norm", "activation losses|number loss"
-_WEIGHTS, _GATHER = "update: (master )?weights", "all-gather of weights"
+_WEIGHTS, _GATHER = "update: (master )?weights", "weights embed"
 FAULTS: dict[str, tuple[str, str]] = {
     "rope_of_the_first_phase_kept": ("ramp", "attention core"),
     "loss_normalised_by_the_first_batch": ("ramp", _LOSSES),

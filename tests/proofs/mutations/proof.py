@@ -135,7 +135,7 @@ MUTATIONS = [
         "engine.proof.capture:Noise.__call__",
         "return x + (drawn * size).view(x.shape).to(x.dtype)",
         'return x if key.endswith("gradient") else x + (drawn * size).view(x.shape).to(x.dtype)',
-        ("test_noise_reaches_every_tensor",),
+        ("test_gradients_have_noise_of_the_backward",),
     ),
     Mutation(
         "uncovered_values_compared",

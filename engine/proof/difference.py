@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.proof.sides import Side, noise_of, record
-from engine.proof.traces import Array, TensorKey, TensorRecord, Trace
+from engine.proof.traces import GRADIENTS, UPDATE, Array, TensorKey, TensorRecord, Trace
 
 MOVES = 4
 FALSE_ALARMS = 1e-6  # probability that a correct layout is reported, over all of its rectangles
@@ -107,7 +107,10 @@ def compare(here: Trace, there: Trace, moves: Sequence[Trace]) -> LayoutDifferen
         if found is None:
             continue
         compared.add(rectangle)
-        finding = judge(rectangle, here.values(rectangle), found, [m[0] for m in moved if m is not None], len(common))
+        values, moves_here = here.values(rectangle), [m[0] for m in moved if m is not None]
+        if (keep := _decided(rectangle, there, moves, len(common))) is not None:
+            values, found, moves_here = values[keep], (found[0][keep], found[1]), [m[keep] for m in moves_here]
+        finding = judge(rectangle, values, found, moves_here, len(common))
         if finding is not None:
             findings.append(finding)
     only = (
@@ -115,6 +118,26 @@ def compare(here: Trace, there: Trace, moves: Sequence[Trace]) -> LayoutDifferen
         _names(there.by_tensor.keys() - here.by_tensor.keys()),
     )
     return LayoutDifference(tuple(findings), len(compared), len({r.tensor for r in compared}), only)
+
+
+def _decided(record: TensorRecord, there: Trace, moves: Sequence[Trace], tests: int) -> Array | None:
+    """For updated weights, bool: where rounding cannot change the sign of the gradient; None: compare all values.
+
+    AdamW's first updates depend on little else than that sign. So where a gradient is zero but for rounding, a correct
+    layout may update the weight in the other direction, by far more than rounding: such values are not compared.
+    """
+    if record.key[1] != UPDATE or record.kind not in ("master weights", "weights"):
+        return None
+    keep = np.ones(record.shape, bool)
+    for step in range(1, record.key[0] + 1):
+        gradient = replace(record, key=(step, GRADIENTS), kind="weight gradient")
+        found, moved = there.rectangle(gradient), [move.rectangle(gradient) for move in moves]
+        if found is None:
+            continue
+        noise = np.sqrt(np.mean([np.square(m[0] - found[0]).mean() for m in moved if m is not None]))
+        largest = noise * math.sqrt(_tail(2 * math.log(2 * tests / FALSE_ALARMS), 1.0, 1e9))
+        keep &= (np.abs(found[0]) > largest) | (found[0] == 0)
+    return keep
 
 
 def _names(tensors: set[TensorKey]) -> tuple[str, ...]:

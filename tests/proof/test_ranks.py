@@ -42,7 +42,9 @@ def test_messages_keep_dtypes_shapes_and_values() -> None:
     assert found["b"]["d"] != found["b"]["d"] and found["b"]["e"] == 0.1
 
 
-@pytest.mark.parametrize("value", [{1, 2}, object(), np.array([object()]), torch.ones(1)], ids=str)
+@pytest.mark.parametrize(
+    "value", [{1, 2}, object(), np.array([object()]), torch.ones(1)], ids=["set", "object", "objects", "tensor"]
+)
 def test_other_objects_are_refused(value: object) -> None:
     with pytest.raises(TypeError):
         pack([value])

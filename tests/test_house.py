@@ -35,7 +35,7 @@ CORE = (
     "part.py",
     "errors.py",
 )
-CORE_LINES = 13_500
+CORE_LINES = 13_600
 
 # rule: place that breaks it -> its size
 ALLOWED: dict[str, dict[str, int]] = {

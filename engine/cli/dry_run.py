@@ -3,36 +3,62 @@
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from engine.cli.common import print_result
+from engine.cli.sheet_options import SheetOptions
+from engine.cli.sheet_pages import (
+    as_fields,
+    day_line,
+    explained,
+    judge,
+    memory_lines,
+    on_gpu,
+    table,
+    verdict_lines,
+)
 from engine.config.load import Resolved
 from engine.config.mixture import read_mixture
 from engine.config.phases import Phase
 from engine.config.schema import Config, fields
 from engine.config.tree import value_at
-from engine.distributed.layout import Place
-from engine.model.build import num_parameters, parameter_specs, stage_shapes
+from engine.errors import EXIT_ERROR, EXIT_OK
+from engine.model.build import num_parameters, parameter_specs
 from engine.optim.groups import ParameterGroup, group_of
 from engine.pipeline.simulate import peak_memory, simulate
 from engine.planner.flops import flops_per_token, uneven_pipeline
-from engine.planner.memory import activation_bytes, bytes_per_parameter, specs_per_rank
+from engine.planner.sheet import RankSheet, sheets
 
 _MAX_GRID_RANKS = 64
 
 
-def show(resolved: Resolved, console: Console, *, full: bool = False) -> None:
-    """Print the dry run of a checked config. full: also settings that have their default."""
+def show(resolved: Resolved, console: Console, options: SheetOptions) -> int:
+    """Print the dry run of a checked config. Returns the exit code: 1 if it does not fit into --gpu-memory."""
+    target = on_gpu(resolved) if options.gpu_memory is not None else resolved
+    found = sheets(target.config, target.derived)
+    verdict = None if options.gpu_memory is None else judge(target, found, options.gpu_memory)
+    if options.json:
+        print_result([], as_fields(resolved, found, options, verdict))
+    elif options.explain:
+        print_result(list(explained(resolved, found, options.explain)))
+    else:
+        _show(resolved, console, options, found)
+    if verdict is not None and options.gpu_memory is not None and not options.json:
+        print_result(list(verdict_lines(verdict, options.gpu_memory)))
+    return EXIT_OK if verdict is None or verdict.fits else EXIT_ERROR
+
+
+def _show(resolved: Resolved, console: Console, options: SheetOptions, found: Sequence[RankSheet]) -> None:
     cfg, layout, derived = resolved.config, resolved.derived.layout, resolved.derived
-    console.print(_settings(resolved, full))
+    console.print(_settings(resolved, options.full))
     for line in _data_status(cfg):
         console.print(line, markup=False, highlight=False)
-    console.print(_stages(resolved))
+    console.print(table(derived, found))
     if cfg.optimizer.groups:
         console.print(_groups(cfg))
     if layout.world <= _MAX_GRID_RANKS:
@@ -57,6 +83,8 @@ def show(resolved: Resolved, console: Console, *, full: bool = False) -> None:
             console.print(f"{'  ' * (len(phases) > 1)}{label}: {value}", highlight=False)
     if uneven := uneven_pipeline(cfg, resolved.derived):
         console.print(f"note: {uneven}", highlight=False)
+    for line in (*day_line(resolved, options.mfu), *memory_lines(resolved, found)):
+        console.print(line, markup=False, highlight=False)
     longest = derived.phases.longest(steps)
     if resolved.sources["train.seq_len"] == "default" and cfg.model.max_seq_len > 8 * longest:
         text = f"train.seq_len is {cfg.train.seq_len} by default; model.max_seq_len is {cfg.model.max_seq_len}"
@@ -119,30 +147,6 @@ def _data_status(cfg: Config) -> Iterator[str]:
         folder = Path(cfg.data.tokenizer)
         found = (folder / "tokenizer.json").is_file() or folder.is_file()
         yield f"data.tokenizer: {folder}: {'found' if found else 'missing'}"
-
-
-def _stages(resolved: Resolved) -> Table:
-    cfg, derived = resolved.config, resolved.derived
-    layout, shapes = derived.layout, stage_shapes(derived.layers)
-    columns = ("ranks", "stages", "parameters per rank", "weights, gradients and optimizer", "activations")
-    table = Table(*columns, title="Layout")
-    table.title_justify = "left"
-    activations = activation_bytes(cfg, derived)
-    for rank, specs in enumerate(specs_per_rank(cfg, derived)):
-        first = layout.rank({"pipeline": rank})
-        last = first + layout.world // layout.pipeline - 1
-        texts = []
-        for shape in (shapes[stage] for stage in derived.first_plan.stages_of(rank)):
-            layers = f"layers {shape.layers.start}..{shape.layers.stop - 1}" if shape.layers else "no layers"
-            texts.append(("embedding, " if shape.first else "") + layers + (", head" if shape.last else ""))
-        counts = [math.prod(spec.local_shape()) for spec in specs]
-        place = Place(layout, first)
-        sizes = {name: place.axis(name).size for name in {spec.replicas for spec in specs}}
-        per_element = [bytes_per_parameter(cfg, sizes[s.replicas], group_of(s, cfg.optimizer)) for s in specs]
-        size = sum(map(operator.mul, counts, per_element))
-        memory = (f"{x / 2**30:,.3f} GiB" for x in (size, activations[rank]))
-        table.add_row(f"{first}..{last}", "; ".join(texts), f"{sum(counts):,}", *memory)
-    return table
 
 
 def _groups(cfg: Config) -> Table:

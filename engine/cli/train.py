@@ -18,8 +18,9 @@ from typing import Annotated, Any
 import tyro
 
 from engine.cli.common import Help, print_end_of_help
+from engine.cli.sheet_options import SheetOptions
 from engine.config.presets import PRESETS
-from engine.errors import EXIT_OK, ConfigError, FieldError
+from engine.errors import ConfigError, FieldError
 from engine.util.signals import StopRequest
 
 _UNSET = "\0"
@@ -33,7 +34,7 @@ class TrainOptions:
     overrides: Mapping[str, str]
     unknown: tuple[str, ...]
     dry_run: bool
-    full: bool
+    sheet: SheetOptions
     world_size: int
 
 
@@ -51,9 +52,8 @@ def parse_train(args: Sequence[str], prog: str) -> TrainOptions:
     given = dataclasses.asdict(parsed)
     overrides = dict(_flat({name: value for name, value in given.items() if isinstance(value, dict)}))
     unknown = _unknown(rest)
-    return TrainOptions(
-        tuple(given["config"]), overrides, unknown, given["dry_run"], given["full"], given["world_size"]
-    )
+    sheet = SheetOptions(**{field.name: given[field.name] for field in dataclasses.fields(SheetOptions)})
+    return TrainOptions(tuple(given["config"]), overrides, unknown, given["dry_run"], sheet, given["world_size"])
 
 
 def _unknown(rest: Sequence[str]) -> tuple[str, ...]:
@@ -73,7 +73,8 @@ def _unknown(rest: Sequence[str]) -> tuple[str, ...]:
 _SUMMARY = "Train a model, on one process or on many under torchrun."
 _NOTES = (
     "Each value comes from the last of these that gives it: default, preset, initial weights (checkpoint.init), config "
-    "files in the order given, command line. `--dry-run` prints the resolved config and the layout and starts nothing.",
+    "files in the order given, command line. `--dry-run` prints the resolved config, the layout and its memory, and "
+    "starts nothing.",
 )
 HELP = Help(
     examples=(
@@ -85,6 +86,10 @@ HELP = Help(
             "Train a config file on 8 ranks, each matrix split across 2 and the layers across 2, with validation",
             "torchrun --nproc-per-node 8 -m engine train --config run.toml --parallel.tensor 2 --parallel.pipeline 2 "
             "--data.valid corpus/web-valid --eval.every 100",
+        ),
+        (
+            "Show the memory of each rank, and whether it fits into GPUs of 80 GiB; starts nothing",
+            "engine train --config run.toml --dry-run --world-size 64 --gpu-memory 80",
         ),
     ),
 )
@@ -114,11 +119,20 @@ def _train_type(args: Sequence[str]) -> type:
         ("dry_run", tyro.conf.FlagCreatePairsOff[bool], False),
         ("full", tyro.conf.FlagCreatePairsOff[bool], False),
         ("world_size", int, 0),
+        ("gpu_memory", Annotated[float | None, tyro.conf.arg(metavar="GIB")], None),
+        ("mfu", float, SheetOptions.mfu),
+        ("explain", Annotated[str, tyro.conf.arg(metavar="TERM")], ""),
+        ("json", tyro.conf.FlagCreatePairsOff[bool], False),
     ]
     texts = {
         "config": "TOML file with sections as below; may be given several times, later files win",
         "dry_run": "print config, layout and memory for any number of ranks, then exit; starts no processes",
         "full": "with --dry-run: also print the settings that have their defaults",
+        "gpu_memory": "with --dry-run: GiB of a device; says whether the run fits, else by how much it does "
+        "not and which changes make it fit, with exit code 1",
+        "mfu": "with --dry-run: model FLOPs utilisation in percent, for the days of the run",
+        "explain": "with --dry-run: print how a term of the memory sheet is computed, such as activations",
+        "json": "with --dry-run: print one JSON object, sizes in bytes",
         "world_size": "with --dry-run: number of ranks; 0: the product of the degrees",
     }
     named: list[Any] = [
@@ -176,23 +190,8 @@ def run(args: list[str]) -> int:
     """Run the command; returns the exit code."""
     stop = StopRequest()  # first, because the imports below take seconds
     options = parse_train(args, "engine train")
-    if options.world_size < 0 or (options.world_size and not options.dry_run):
-        text = (
-            "is not a number of ranks"
-            if options.world_size < 0
-            else "has no effect without --dry-run: torchrun sets the number of ranks"
-        )
-        raise ConfigError(
-            [
-                FieldError(
-                    "cli.bad-world-size",
-                    "--world-size",
-                    options.world_size,
-                    text,
-                    "Use 0 for the product of the degrees.",
-                )
-            ]
-        )
+    if errors := [*_world_errors(options), *options.sheet.errors(dry_run=options.dry_run)]:
+        raise ConfigError(errors)
     if options.dry_run:
         stop.release()
         return _dry_run(options)
@@ -225,18 +224,36 @@ def run(args: list[str]) -> int:
     return leave(code, env)
 
 
+def _world_errors(options: TrainOptions) -> Iterator[FieldError]:
+    fix = "Use 0 for the product of the degrees."
+    if options.world_size < 0:
+        yield FieldError("cli.bad-world-size", "--world-size", options.world_size, "is not a number of ranks", fix)
+    elif options.world_size and not options.dry_run:
+        problem = "has no effect without --dry-run: torchrun sets the number of ranks"
+        yield FieldError("cli.bad-world-size", "--world-size", options.world_size, problem, fix)
+
+
 def _dry_run(options: TrainOptions) -> int:
+    """The dry run. Needs no torch, unless settings name special tokens of a tokenizer."""
     from engine.config.load import load
 
     world = options.world_size or None
     resolved = load(options.files, options.overrides, unknown=options.unknown, world=world, reject_idle=True)
     from rich.console import Console
 
-    from engine.cli.dry_run import show  # needs torch, so config errors are reported first
-    from engine.data.samples.special import check
-    from engine.train.state import check_groups
+    from engine.cli.dry_run import show
+    from engine.model.build import parameter_specs
+    from engine.optim.groups import group_errors
 
-    check(resolved.config)
-    check_groups(resolved.config)
-    show(resolved, Console(), full=options.full)
-    return EXIT_OK
+    cfg = resolved.config
+    if cfg.data.tokenizer and (cfg.data.fim_rate or cfg.data.mask_tokens):
+        from engine.data.samples.special import check
+
+        check(cfg)
+    errors = list(group_errors(parameter_specs(cfg.model), cfg.optimizer))
+    if options.sheet.gpu_memory is not None and cfg.train.device == "cpu":
+        fix = "Give one of the two."
+        errors.append(FieldError("cli.no-gpu", "--gpu-memory", options.sheet.gpu_memory, "with train.device cpu", fix))
+    if errors:
+        raise ConfigError(errors)
+    return show(resolved, Console(), options.sheet)

@@ -50,15 +50,17 @@ class Derived:
         return self.plan_of(self.phases.at(1))
 
 
-def derive(config: Config, plan: Plan | None = None) -> Derived:
+def derive(config: Config, plan: Plan | None = None, *, most: int = 0) -> Derived:
     """Compute the derived values of a resolved config. plan: of its plan file, if that was already read.
 
-    Raises PlanError if the plan file cannot be read or is not a plan.
+    most: for estimates, micro-batches of the plan of a schedule at most; 0: those of the run. Raises PlanError if the
+    plan file cannot be read or is not a plan.
     """
     p, phases = config.parallel, phases_of(config)
     counts = {phase.microbatches(math.prod(sample_degrees(p).values())) for phase in phases.phases}
     if p.schedule in SCHEDULES:
-        plans = {count: build(p.schedule, p.pipeline, p.chunks, count) for count in sorted(counts)}
+        made = {count: min(count, most or count) for count in sorted(counts)}
+        plans = {count: build(p.schedule, p.pipeline, p.chunks, few) for count, few in made.items()}
     else:
         plan = plan or load_plan(Path(p.schedule))
         plans = dict.fromkeys(counts, plan)

@@ -265,7 +265,7 @@ TORCHTITAN: tuple[Row, ...] = (
     ("validation.enable validation.freq", "eval.every", ""),
     ("validation.steps", "eval.batches", ""),
     ("validation.dataset validation.dataset_path", "data.valid", ""),
-    ("memory_estimation.enable", "--dry-run", "prints the memory of weights and optimizer on each rank"),
+    ("memory_estimation.enable", "--dry-run", "prints the memory of each rank, its peak and where that is"),
 )
 
 COMMON: tuple[Row, ...] = (  # Hugging Face's Trainer, DeepSpeed, nanoGPT, and common guesses

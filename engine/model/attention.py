@@ -12,7 +12,7 @@ from engine.batch import AttentionDropout, Sequence
 from engine.config.schema import Config, LayerConfig
 from engine.distributed.context import ParallelContext
 from engine.model.build import layers_of
-from engine.model.declarations import AttentionSpecs
+from engine.model.layer_specs import AttentionSpecs
 from engine.model.layers import Build, ColumnLinear, Norm, RowLinear, ShardedRMSNorm
 from engine.ops.attention import AttentionCase, attention_case, select_core, select_implementation
 from engine.ops.linear import RecomputeRecipe

@@ -16,7 +16,7 @@ from typing import Any
 from engine.config.schema import LayerConfig, ModelConfig
 from engine.distributed.specs import ShardSpec
 from engine.model import declarations
-from engine.model.declarations import Declaration, ModelDeclaration, RecomputePolicy, Workload
+from engine.model.declarations import Declaration, ModelDeclaration, Workload
 
 UNSHARDED = Workload()
 
@@ -48,12 +48,6 @@ class StageShape:
     layers: range
     first: bool
     last: bool
-
-    def saved_bytes(self, declared: ModelDeclaration, policy: RecomputePolicy, boundary: int) -> int:
-        """Bytes that the stage keeps for the backward of a micro-batch. boundary: bytes of the output to the next."""
-        layers = (declared.layers[n].saved[policy.mode_of(i)] for i, n in enumerate(self.layers))
-        first = declared.embedding.saved["none"] if self.first else 0
-        return first + declared.shared + sum(layers) + (declared.head.saved["none"] if self.last else boundary)
 
     def parts(self, declared: ModelDeclaration) -> list[Declaration]:
         """The declared parts of the stage, in order."""

@@ -1,25 +1,34 @@
 """What the parts of a model hold, cost and save, computed from its config. Needs no torch.
 
 A part is an embedding, a sublayer with its norms, or a head. Its declaration has the ShardSpecs of its parameters, from
-which the modules make them, the FLOPs per token, and the bytes of activations that a micro-batch saves for backward.
-Planner, dry run and parameter counts read declarations; tests compare them with what the modules really hold and save.
+which the modules make them, the FLOPs per token, the bytes of activations that a micro-batch saves for backward, and
+the bytes that it needs for a moment. Planner, dry run and parameter counts read declarations; tests compare them with
+what the modules really hold and save.
 
 Saved bytes count each tensor once, with the part that saves it first. Legend: engine/model/layers.py.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from engine.config.schema import Config, LayerConfig, ModelConfig
-from engine.distributed.specs import Chunk, Cut, Role, ShardSpec
+from engine.distributed.specs import Role, ShardSpec
+from engine.model.layer_specs import (
+    FINAL_NORM,
+    AttentionSpecs,
+    MLPSpecs,
+    WeightSpecs,
+    branch_norms,
+    norm,
+    position_matrix,
+    vocab_matrix,
+)
+from engine.ops.chunks import chunk_rows
 
-EMBED = "embed.weight"
-HEAD = "head.weight"
-POSITIONS = "positions.weight"
-FINAL_NORM = "norm"
 MODES = ("none", "selective", "full")
 
 
@@ -55,7 +64,7 @@ class Workload:
 
     tensor: tensor ranks. sequence: whether sequence parallelism is on. element_bytes: of the compute dtype.
     attention: implementation of the attention core (engine.ops.attention). documents: with document masking.
-    attention_dropout: with dropout of attention weights.
+    attention_dropout: with dropout of attention weights. cpu: on a CPU, not a GPU.
     """
 
     tensor: int = 1
@@ -67,6 +76,7 @@ class Workload:
     attention: str = "flash"
     documents: bool = False
     attention_dropout: bool = False
+    cpu: bool = False
 
     @property
     def tokens(self) -> int:
@@ -92,9 +102,46 @@ class Workload:
         gathered = self.sequence and self.keep_gathered
         return self.hidden(cfg) * (self.tensor if gathered else 1)
 
+    def whole(self, cfg: ModelConfig) -> int:
+        """Bytes of the hidden states of all tokens: of a matmul's input and of partial sums."""
+        return self.tokens * cfg.hidden_size * self.element_bytes
+
+    def gathered(self, cfg: ModelConfig) -> int:
+        """Bytes of a copy that a matmul's input needs while it is gathered: under sequence parallelism."""
+        return self.whole(cfg) if self.sequence else 0
+
+    def reduced(self, cfg: ModelConfig) -> int:
+        """Bytes of the copy of partial sums that their reduction makes in the forward."""
+        return self.hidden(cfg) if self.tensor > 1 else 0
+
+    def gradient(self, specs: WeightSpecs) -> int:
+        """Bytes of a weight gradient before it is added to the main gradient: on a CPU, if that has more precision."""
+        low = self.cpu and self.element_bytes < self.stat_bytes
+        return math.prod(specs.weight.local_shape()) * self.element_bytes if low else 0
+
     def norm_stats(self, cfg: ModelConfig, rows: int) -> int:
         """Bytes that a norm saves in addition to its input, for this number of rows."""
         return rows * self.stat_bytes * (2 if cfg.norm == "layernorm" else 1)
+
+
+@dataclass(frozen=True)
+class WorkingMemory:
+    """Bytes that a part needs while it runs on a micro-batch, at the most: temporary tensors and what it saves.
+
+    forward: more than before it, with its input, which the part before may have saved. backward: more than before it,
+    when all that it saved is alive, without the gradient of its output. Where the schedule splits the backward, split:
+    the same for I, and deferred: what it keeps between I and W.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    split: int = 0
+    deferred: int = 0
+
+
+def peak_of(*changes: int) -> int:
+    """The most bytes alive at once while they change by these, one after the other."""
+    return max(0, *itertools.accumulate(changes))
 
 
 @dataclass(frozen=True)
@@ -103,12 +150,17 @@ class Declaration:
 
     specs: of its parameters, in the order of the module. flops: of forward and backward, per token; recomputation is
     not counted. saved: bytes saved for the backward of a micro-batch, by recompute mode. Of a sublayer, "none" contains
-    its input, "selective" does not, because a recipe recomputes it; "full" does not exist.
+    its input, "selective" does not, because a recipe recomputes it; "full" does not exist. work: by recompute mode.
     """
 
     specs: tuple[ShardSpec, ...] = ()
     flops: int = 0
     saved: Mapping[str, int] = field(default_factory=dict)
+    work: Mapping[str, WorkingMemory] = field(default_factory=dict)
+
+    def work_in(self, mode: str) -> WorkingMemory:
+        """What it needs while it runs in a recompute mode; nothing, if it does not say."""
+        return self.work.get(mode, WorkingMemory())
 
 
 @dataclass(frozen=True)
@@ -128,95 +180,9 @@ class ModelDeclaration:
         return (self.embedding, *self.layers, self.head)
 
 
-@dataclass(frozen=True)
-class WeightSpecs:
-    """The specs of a linear layer or a norm: its weight, and its bias if it has one."""
-
-    weight: ShardSpec
-    bias: ShardSpec | None = None
-
-    def __iter__(self) -> Iterator[ShardSpec]:
-        yield self.weight
-        if self.bias is not None:
-            yield self.bias
-
-
-def _bias_of(chunk: Chunk) -> Chunk:
-    """The bias chunk of a weight chunk: named `...bias`, sharded and summed the same way as its rows."""
-    return replace(chunk, name=chunk.name.removesuffix("weight") + "bias", shape=chunk.shape[:1])
-
-
-def _bias(chunks: Iterable[Chunk]) -> ShardSpec:
-    return ShardSpec(tuple(map(_bias_of, chunks)), init_value=0.0, role=Role.VECTOR)
-
-
-def column_linear(chunks: tuple[Chunk, ...], init_std: float, bias: bool) -> WeightSpecs:
-    """Specs of a column-parallel linear layer. chunks: the canonical tensors fused into the weight, such as q, k, v."""
-    return WeightSpecs(ShardSpec(chunks, init_std), _bias(chunks) if bias else None)
-
-
-def row_linear(name: str, shape: tuple[int, int], init_std: float, tensor: int, bias: bool) -> WeightSpecs:
-    """Specs of a row-parallel linear layer, weight [out, in]. Its bias is replicated and added once, after the sum."""
-    whole = Chunk(name, shape[:1], sum_over=("sequence",))
-    weight = ShardSpec((Chunk(name, shape, (Cut(1, tensor),)),), init_std)
-    return WeightSpecs(weight, _bias((whole,)) if bias else None)
-
-
-def norm(name: str, size: int, cfg: ModelConfig, sum_over: str = "sequence") -> WeightSpecs:
-    """Specs of a norm, replicated across tensor ranks.
-
-    sum_over: the axis whose ranks each compute only a part of the weight's gradient. "sequence" where a rank normalises
-    its part of the sequence, "tensor" where it normalises its local heads (QK-norms).
-    """
-    chunk = Chunk(f"{name}.weight", (size,), sum_over=(sum_over,))
-    weight = ShardSpec((chunk,), init_value=1.0 - float(cfg.norm_offset), role=Role.VECTOR)
-    return WeightSpecs(weight, _bias((chunk,)) if cfg.norm == "layernorm" else None)
-
-
-def residual_std(cfg: ModelConfig) -> float:
-    """Standard deviation of projections into the residual stream: its sums keep their variance with depth (GPT-2)."""
-    return cfg.init_std / (2 * cfg.num_layers) ** 0.5
-
-
 def matmul_flops(specs: Iterable[ShardSpec]) -> int:
     """FLOPs of forward and backward per token of the matrices among these specs: 6 per weight."""
     return 6 * sum(math.prod(c.shape) for spec in specs if spec.role is not Role.VECTOR for c in spec.chunks)
-
-
-@dataclass(frozen=True)
-class AttentionSpecs:
-    """Specs of attention. q_norm, k_norm: QK-norms, over heads or over projections."""
-
-    qkv: WeightSpecs
-    out: WeightSpecs
-    qk_norms: tuple[WeightSpecs, ...]
-
-    @staticmethod
-    def of(layer: LayerConfig, tensor: int, name: str) -> AttentionSpecs:
-        """The specs of a layer's attention on this number of tensor ranks.
-
-        With fewer KV heads than tensor ranks, the ranks that share a KV head hold replicas of its weights. Each replica
-        gets only the gradient of its local query heads, so the k and v chunks are summed over these ranks.
-        """
-        cfg = layer.model
-        d, h, kv_parts = cfg.head_dim, cfg.hidden_size, min(cfg.num_kv_heads, tensor)
-        kv = (cfg.num_kv_heads * d, h), (Cut(0, kv_parts),), (f"tensor/{kv_parts}",)
-        q = Chunk(f"{name}.q.weight", (cfg.num_heads * d, h), (Cut(0, tensor),))
-        chunks = (q, Chunk(f"{name}.k.weight", *kv), Chunk(f"{name}.v.weight", *kv))
-        qkv = column_linear(chunks, cfg.init_std, cfg.qkv_bias)
-        out_shape = (h, cfg.num_heads * d)
-        out = row_linear(f"{name}.out.weight", out_shape, residual_std(cfg), tensor, cfg.attention_out_bias)
-        norms: tuple[WeightSpecs, ...] = ()
-        if cfg.qk_norm and cfg.qk_norm_span == "head":
-            norms = tuple(norm(f"{name}.{part}_norm", d, cfg, sum_over="tensor") for part in "qk")
-        elif cfg.qk_norm:
-            whole = (replace(c, name=f"{name}.{part}_norm.weight", shape=c.shape[:1]) for part, c in zip("qk", chunks))
-            norms = tuple(WeightSpecs(ShardSpec((chunk,), role=Role.VECTOR)) for chunk in whole)
-        return AttentionSpecs(qkv, out, norms)
-
-    def __iter__(self) -> Iterator[ShardSpec]:
-        for specs in (self.qkv, self.out, *self.qk_norms):
-            yield from specs
 
 
 def attention(layer: LayerConfig, work: Workload, name: str) -> Declaration:
@@ -227,7 +193,8 @@ def attention(layer: LayerConfig, work: Workload, name: str) -> Declaration:
     window w, the part of the square that is attended to: w - w^2 / (2 seq_len) keys per query, not seq_len / 2.
     """
     cfg, rows, e = layer.model, work.tokens, work.element_bytes
-    specs = tuple(AttentionSpecs.of(layer, work.tensor, name))
+    of = AttentionSpecs.of(layer, work.tensor, name)
+    specs = tuple(of)
     window = min(layer.window or work.seq_len, work.seq_len)
     pairs = window * (2 * work.seq_len - window)  # twice the pairs of a query and a key in a sequence
     flops = matmul_flops(specs) + 12 * pairs * cfg.num_heads * cfg.head_dim // (2 * work.seq_len)
@@ -252,47 +219,56 @@ def attention(layer: LayerConfig, work: Workload, name: str) -> Declaration:
         norms = copies * (n + m) * head + work.norm_stats(cfg, rows * (n + m))
     elif cfg.qk_norm:
         norms = fused + 2 * rows * work.stat_bytes
-    return Declaration(specs, flops, {"none": work.matmul_input(cfg) + norms + core, "selective": fused + out})
+    saved = {"none": work.matmul_input(cfg) + norms + core, "selective": fused + out}
+    return Declaration(specs, flops, saved, _attention_work(work, cfg, of, core + norms, (fused, out, kept * head)))
 
 
-@dataclass(frozen=True)
-class MLPSpecs:
-    """Specs of an MLP: gate|up (plain MLP: up only) and down."""
+def _attention_work(
+    work: Workload, cfg: ModelConfig, specs: AttentionSpecs, core: int, sizes: tuple[int, int, int]
+) -> dict[str, WorkingMemory]:
+    """What attention needs while it runs. core: saved by the core and QK-norms.
 
-    up: WeightSpecs
-    down: WeightSpecs
-
-    @staticmethod
-    def of(layer: LayerConfig, tensor: int, name: str) -> MLPSpecs:
-        """The specs of a layer's MLP on this number of tensor ranks."""
-        cfg = layer.model
-        shape, rows = (cfg.ffn_size, cfg.hidden_size), (Cut(0, tensor),)
-        parts = ("gate", "up") if cfg.gated_mlp else ("up",)
-        up = column_linear(tuple(Chunk(f"{name}.{p}.weight", shape, rows) for p in parts), cfg.init_std, cfg.mlp_bias)
-        down_shape = (cfg.hidden_size, cfg.ffn_size)
-        return MLPSpecs(up, row_linear(f"{name}.down.weight", down_shape, residual_std(cfg), tensor, cfg.mlp_bias))
-
-    def __iter__(self) -> Iterator[ShardSpec]:
-        yield from (*self.up, *self.down)
+    sizes: of the fused projection, of the output, and of q, k and v as the core takes them.
+    """
+    hidden, whole, gathered = work.hidden(cfg), work.whole(cfg), work.gathered(cfg)
+    (fused, out, heads), again = sizes, 0 if work.keep_gathered else gathered
+    forward = peak_of(hidden, gathered, fused, -gathered, core, max(0, heads - fused), whole, work.reduced(cfg))
+    output = (gathered, out, work.gradient(specs.out), -work.gradient(specs.out) - gathered)
+    inputs = (whole, hidden * work.sequence, work.gradient(specs.qkv))
+    none = peak_of(*output, heads, -core - out, fused, -heads, again, *inputs)
+    selective = peak_of(*output, -out, core, heads, -core - out, fused, -heads - fused, hidden, gathered, *inputs)
+    grad, end = gathered or hidden, (fused, -heads, whole, hidden * work.sequence)
+    split = peak_of(gathered, out, heads, -core, *end)
+    split_selective = peak_of(gathered, out, core, heads, -core - out, *end)
+    return {
+        "none": WorkingMemory(forward, none, split, work.matmul_input(cfg) + fused + out + grad),
+        "selective": WorkingMemory(forward, selective, split_selective, hidden + fused + out + grad),
+    }
 
 
 def mlp(layer: LayerConfig, work: Workload, name: str) -> Declaration:
     """Declaration of an MLP."""
-    cfg = layer.model
-    specs = tuple(MLPSpecs.of(layer, work.tensor, name))
+    cfg, of = layer.model, MLPSpecs.of(layer, work.tensor, name)
     inner = work.tokens * cfg.ffn_size // work.tensor * work.element_bytes
     fused = inner * (2 if cfg.gated_mlp else 1)
-    return Declaration(specs, matmul_flops(specs), {"none": work.matmul_input(cfg) + fused + inner, "selective": fused})
-
-
-# norm_position -> the norms of a branch: the first is read by the sublayer or, with post-norm, reads its output
-BRANCH_NORMS = {"pre": ("norm",), "post": ("norm",), "sandwich": ("norm", "post_norm")}
-
-
-def branch_norms(layer: LayerConfig, name: str) -> tuple[WeightSpecs, ...]:
-    """Specs of the norms of the sublayer `name`, such as `layers.3.mlp`: `layers.3.mlp_norm`, ..."""
-    cfg = layer.model
-    return tuple(norm(f"{name}_{which}", cfg.hidden_size, cfg) for which in BRANCH_NORMS[cfg.norm_position])
+    hidden, whole, gathered = work.hidden(cfg), work.whole(cfg), work.gathered(cfg)
+    again, down, grad = 0 if work.keep_gathered else gathered, work.gradient(of.down), gathered or hidden
+    forward = peak_of(hidden, gathered, fused, -gathered, inner, whole, work.reduced(cfg))
+    inputs = (whole, hidden * work.sequence, work.gradient(of.up))
+    none = peak_of(gathered, inner, down, -down - gathered - inner, fused, -inner - fused, again, *inputs)
+    selective = peak_of(
+        gathered, 2 * inner, down, -down - gathered - inner, fused, -inner - fused, hidden + gathered, *inputs
+    )
+    split = peak_of(gathered, inner, fused, -inner - fused, whole, hidden * work.sequence)
+    return Declaration(
+        tuple(of),
+        matmul_flops(of),
+        {"none": work.matmul_input(cfg) + fused + inner, "selective": fused},
+        {
+            "none": WorkingMemory(forward, none, split, work.matmul_input(cfg) + fused + inner + grad),
+            "selective": WorkingMemory(forward, selective, split + fused, hidden + 2 * fused + grad),
+        },
+    )
 
 
 def block(layer: LayerConfig, work: Workload, mixer: Declaration, feed_forward: Declaration) -> Declaration:
@@ -311,36 +287,42 @@ def block(layer: LayerConfig, work: Workload, mixer: Declaration, feed_forward: 
         none -= hidden  # both sublayers save the same input
     selective = stream + norms + mixer.saved["selective"] + feed_forward.saved["selective"]
     saved = {"none": none, "selective": selective, "full": hidden}
-    return Declaration(tuple(specs), mixer.flops + feed_forward.flops, saved)
+    needs = {mode: _block_work(mode, saved[mode], hidden, mixer, feed_forward) for mode in ("none", "selective")}
+    # runs the forward again, which saves all; its output is alive during the backward
+    again = needs["none"]
+    backward, split = (max(again.forward, none + most) for most in (again.backward, again.split))
+    needs["full"] = WorkingMemory(again.forward, backward, split, again.deferred)
+    return Declaration(tuple(specs), mixer.flops + feed_forward.flops, saved, needs)
 
 
-def vocab_matrix(cfg: ModelConfig, tensor: int, *, head: bool) -> ShardSpec:
-    """Spec of the embedding, or of the head.
-
-    With cfg.tie_embeddings they are one canonical tensor. The first and the last pipeline stage then hold replicas, and
-    their gradients are summed.
-    """
-    tied = cfg.tie_embeddings
-    name, role = (HEAD, Role.HEAD) if head and not tied else (EMBED, Role.EMBEDDING)
-    sum_over = ("tied_stages",) if tied else ()
-    chunk = Chunk(name, (cfg.vocab_size, cfg.hidden_size), (Cut(0, tensor),), sum_over)
-    return ShardSpec((chunk,), cfg.init_std, role=role)
-
-
-def position_matrix(cfg: ModelConfig) -> ShardSpec:
-    """Spec of learned positions."""
-    chunk = Chunk(POSITIONS, (cfg.max_seq_len, cfg.hidden_size), sum_over=("sequence",))
-    return ShardSpec((chunk,), cfg.init_std, role=Role.EMBEDDING)
+def _block_work(mode: str, saved: int, hidden: int, mixer: Declaration, feed_forward: Declaration) -> WorkingMemory:
+    """What a block needs while it runs in a mode, of which it saves `saved` bytes. hidden: bytes of hidden states."""
+    first, second = mixer.work_in(mode), feed_forward.work_in(mode)
+    # next to the feed-forward are alive: the input, what the mixer saved, the mixer's output, and their sum
+    forward = max(hidden + first.forward, saved - feed_forward.saved[mode] + hidden + second.forward)
+    backward = max(second.backward, hidden + first.backward - feed_forward.saved[mode])
+    split = max(second.split, hidden + first.split + second.deferred - feed_forward.saved[mode])
+    return WorkingMemory(forward, backward, split, first.deferred + second.deferred)
 
 
 def decoder(layers: Sequence[Declaration], cfg: ModelConfig, work: Workload) -> ModelDeclaration:
     """Declaration of a decoder with these layers."""
     ids = 9 * work.tokens  # int64 ids, and a bool each: outside this rank's slice
+    hidden, whole, gathered = work.hidden(cfg), work.whole(cfg), work.gathered(cfg)
+    wide = 0 if work.element_bytes == work.stat_bytes else work.tokens * cfg.hidden_size * work.stat_bytes
+    look_up = WorkingMemory(ids + whole + work.reduced(cfg), gathered + whole + wide, gathered + whole + wide)
     learned = (position_matrix(cfg),) if cfg.positions == "learned" else ()
-    embedding = Declaration((vocab_matrix(cfg, work.tensor, head=False), *learned), 0, dict.fromkeys(MODES, ids))
+    specs = (vocab_matrix(cfg, work.tensor, head=False), *learned)
+    embedding = Declaration(specs, 0, dict.fromkeys(MODES, ids), dict.fromkeys(MODES, look_up))
     matrix = vocab_matrix(cfg, work.tensor, head=True)
     # the input of the final norm, and the gradient of its output, which the fused loss computes in the forward
-    saved = 2 * work.hidden(cfg) + work.norm_stats(cfg, work.local_tokens)
+    saved = 2 * hidden + work.norm_stats(cfg, work.local_tokens)
+    rows = chunk_rows(work.tokens, cpu=work.cpu)
+    logits, product = (
+        min(rows, work.tokens) * n * work.element_bytes for n in (matrix.local_shape()[0], cfg.hidden_size)
+    )
+    chunk = logits + max(product, work.gradient(WeightSpecs(matrix)))
+    loss = WorkingMemory(2 * hidden + gathered + whole + chunk, hidden, hidden)
     specs = (*norm(FINAL_NORM, cfg.hidden_size, cfg), matrix)
-    head = Declaration(specs, matmul_flops([matrix]), dict.fromkeys(MODES, saved))
+    head = Declaration(specs, matmul_flops([matrix]), dict.fromkeys(MODES, saved), dict.fromkeys(MODES, loss))
     return ModelDeclaration(embedding, tuple(layers), head, work.seq_len * cfg.rotary_dim * work.element_bytes)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from engine.batch import Sequence
 from engine.config.schema import LayerConfig
-from engine.model.declarations import MLPSpecs
 from engine.model.dropout import Dropout
+from engine.model.layer_specs import MLPSpecs
 from engine.model.layers import Build, ColumnLinear, RowLinear
 from engine.ops.activation import activation
 from engine.ops.linear import RecomputeRecipe

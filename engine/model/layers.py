@@ -28,7 +28,8 @@ from engine.distributed.context import ParallelContext
 from engine.distributed.sharding import Parameter, new_parameter
 from engine.distributed.specs import ShardSpec
 from engine.model.build import StageShape
-from engine.model.declarations import NO_RECOMPUTE, RecomputePolicy, WeightSpecs
+from engine.model.declarations import NO_RECOMPUTE, RecomputePolicy
+from engine.model.layer_specs import WeightSpecs
 from engine.ops.embedding import embedding
 from engine.ops.linear import RecomputeRecipe, linear
 from engine.ops.loss import VocabSlice, linear_cross_entropy

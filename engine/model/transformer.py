@@ -15,8 +15,8 @@ from engine.batch import MicroBatch, Sequence
 from engine.config.schema import LayerConfig, ModelConfig
 from engine.distributed.sharding import Parameter, new_parameter
 from engine.model.build import FEED_FORWARDS, MIXERS, StageShape, layers_of, load_class
-from engine.model.declarations import FINAL_NORM, branch_norms, norm, position_matrix, vocab_matrix
 from engine.model.dropout import Dropout
+from engine.model.layer_specs import FINAL_NORM, branch_norms, norm, position_matrix, vocab_matrix
 from engine.model.layers import Build, ModelPart, Norm, PositionEmbedding, VocabEmbedding, VocabHead
 from engine.model.residual import BRANCHES, Branch, in_parallel, in_sequence
 from engine.ops.recompute import recompute

@@ -74,7 +74,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved, weight, sequence, function = ctx.saved_tensors, ctx.weight, ctx.sequence, ctx.function
+        weight, sequence, function = ctx.weight, ctx.sequence, ctx.function
+        saved = tuple(x.detach() for x in ctx.saved_tensors)  # a deferred gradient must not keep the graph alive
         keep_gathered, matmul = ctx.keep_gathered, ctx.matmul
 
         def restore() -> Pending:

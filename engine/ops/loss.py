@@ -26,15 +26,9 @@ from torch import Tensor
 from engine.distributed.collectives import Pending, all_gather, all_reduce_, reduce_partial_sums_start
 from engine.distributed.context import Axis
 from engine.distributed.sharding import Parameter
+from engine.ops.chunks import chunk_rows
 from engine.ops.matmul import add_outer_
 from engine.ops.native import kernels, matmul
-
-# Chunk sizes are in rows, not bytes: each extra chunk reads the weight twice more and adds to its gradient once more,
-# and this traffic has to be small compared with the chunk's matmuls, 6 FLOPs per row and weight element. CPU: measured
-# in docs/performance.md. GPU: adding a bf16 matmul to a float32 gradient moves 12 bytes per element, on an H200 the
-# time of 2,100 FLOPs, which are 350 rows.
-_CPU_ROWS, _GPU_ROWS = 768, 4096
-_ALIGN = 64  # rows: whole matmul tiles
 
 
 @dataclass(frozen=True)
@@ -107,10 +101,8 @@ _GRADIENT_NOT_ONE = (
 
 def _chunks(x: Tensor) -> Iterator[slice]:
     """Ranges of the rows of x: as few as possible, all of the same size except the last."""
-    n = len(x)
-    count = -(-n // (_CPU_ROWS if x.device.type == "cpu" else _GPU_ROWS))
-    step = -(-n // max(1, count * _ALIGN)) * _ALIGN
-    for begin in range(0, n, max(1, step)):
+    n, step = len(x), chunk_rows(len(x), cpu=x.device.type == "cpu")
+    for begin in range(0, n, step):
         yield slice(begin, min(n, begin + step))
 
 

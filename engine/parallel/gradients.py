@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,23 +43,7 @@ from engine.distributed.collectives import (
 from engine.distributed.context import Axis, ParallelContext
 from engine.distributed.sharding import Parameter, piece_of
 from engine.distributed.specs import ShardSpec
-
-_ALIGN = 64  # elements, so that every parameter and every rank's range starts on its own cache line for any dtype
-
-
-class Group(Protocol):
-    """Parameters with the same update rule and settings; hashable. whole_matrices: a replica owns whole parameters."""
-
-    @property
-    def whole_matrices(self) -> bool: ...
-
-
-class _Ungrouped(NamedTuple):
-    whole_matrices: bool = False
-
-
-def _ungrouped(spec: ShardSpec) -> Group:
-    return _Ungrouped()
+from engine.parallel.partition import BucketPlan, Group, Partition, ungrouped
 
 
 @dataclass
@@ -244,7 +228,7 @@ def make_buckets(
     overlap: bool,
     zero: bool = False,
     reduce_dtype: torch.dtype | None = None,
-    group_of: Callable[[ShardSpec], Group] = _ungrouped,
+    group_of: Callable[[ShardSpec], Group] = ungrouped,
 ) -> GradBuckets:
     """Move parameters into flat buckets, in reverse order (the order of the backward), and route their gradients there.
 
@@ -254,35 +238,13 @@ def make_buckets(
     """
     frozen = [p for unit in units for p in unit if not p.spec.trainable]
     stage = GradBuckets(ctx, [], overlap, reduce_dtype or grad_dtype, frozen)
-    loads: dict[str, list[int]] = {}
-    for unit in reversed(units):
-        kinds: dict[tuple[str, bool], dict[Group, list[Parameter]]] = {}
-        for p in reversed(unit):
-            if p.spec.trainable:
-                late = any("tied_stages" in c.sum_over for c in p.spec.chunks)
-                kinds.setdefault((p.spec.replicas, late), {}).setdefault(group_of(p.spec), []).append(p)
-        for (replicas, late), groups in kinds.items():
-            axis = ctx.axis(replicas)
-            for run in _runs(groups, bucket_bytes // grad_dtype.itemsize):
-                whole = any(group.whole_matrices for group, _ in run)
-                params = [p for _, p in run]
-                load = loads.setdefault(replicas, [0] * axis.size) if whole else None
-                stage.buckets.append(_make_bucket(params, ctx, axis, grad_dtype, late, zero, load))
+    elements = bucket_bytes // grad_dtype.itemsize
+    divide = Partition[Parameter](lambda p: p.spec, lambda name: ctx.axis(name).size, elements, group_of)
+    stage.buckets = [_make_bucket(plan, ctx, grad_dtype, zero) for plan in divide(units)]
     for bucket in stage.buckets:
         for index, p in enumerate(bucket.params):
             _route_gradient(p, bucket, index, stage)
     return stage
-
-
-def _runs(groups: dict[Group, list[Parameter]], elements: int) -> list[list[tuple[Group, Parameter]]]:
-    """The parameters group by group, with a new run after `elements` elements."""
-    runs: list[list[tuple[Group, Parameter]]] = [[]]
-    for group, params in groups.items():
-        for p in params:
-            if runs[-1] and sum(q.numel() for _, q in runs[-1]) >= elements:
-                runs.append([])
-            runs[-1].append((group, p))
-    return runs
 
 
 def wait_before_use(modules: Iterable[nn.Module], stages: Iterable[GradBuckets]) -> None:
@@ -300,63 +262,18 @@ def _wait_hook(bucket: Bucket) -> Callable[[nn.Module, Any], None]:
     return lambda module, args: bucket.wait_for_weights()
 
 
-def _make_bucket(
-    params: list[Parameter],
-    ctx: ParallelContext,
-    axis: Axis,
-    grad_dtype: torch.dtype,
-    late: bool,
-    zero: bool,
-    load: list[int] | None,
-) -> Bucket:
-    """Store parameters in a new bucket. load: elements that each replica owns so far, if it owns whole parameters."""
-    shares, starts = [], []
-    if load is None:
-        total = 0
-        for p in params:
-            starts.append(total)
-            total += _aligned(p.numel())
-        share = -(-total // (_ALIGN * axis.size)) * _ALIGN
-        total = share * axis.size
-        shares = [range(i * share, (i + 1) * share) for i in range(axis.size)]
-    else:
-        params, shares, starts = _whole_shares(params, load)
-        total = shares[-1].stop
-    values = torch.zeros(total, dtype=ctx.dtype, device=ctx.device)
-    grads = torch.zeros(total, dtype=grad_dtype, device=ctx.device)
-    bucket = Bucket(params, starts, values, grads, late, axis, shares, load is None, zero and axis.size > 1)
-    for index, p in enumerate(params):
+def _make_bucket(plan: BucketPlan[Parameter], ctx: ParallelContext, grad_dtype: torch.dtype, zero: bool) -> Bucket:
+    """Store the parameters of a plan in a new bucket."""
+    axis = ctx.axis(plan.replicas)
+    values = torch.zeros(plan.elements, dtype=ctx.dtype, device=ctx.device)
+    grads = torch.zeros(plan.elements, dtype=grad_dtype, device=ctx.device)
+    sharded = zero and axis.size > 1
+    bucket = Bucket(plan.params, plan.starts, values, grads, plan.late, axis, plan.shares, plan.even, sharded)
+    for index, p in enumerate(plan.params):
         view = bucket.view(values, index)
         view.copy_(p.detach())
         p.data = view
     return bucket
-
-
-def _aligned(elements: int) -> int:
-    return -(-elements // _ALIGN) * _ALIGN
-
-
-def _whole_shares(params: list[Parameter], load: list[int]) -> tuple[list[Parameter], list[range], list[int]]:
-    """Give each parameter to the replica that owns least, the largest first: (parameters by owner, shares, starts).
-
-    load is updated. The result depends only on sizes, so that all tensor ranks of a replica own the same parameters.
-    """
-    owners: list[list[Parameter]] = [[] for _ in load]
-    owner_of: dict[int, int] = {}
-    for p in sorted(params, key=lambda p: -p.numel()):
-        owner = load.index(min(load))
-        load[owner] += p.numel()
-        owner_of[id(p)] = owner
-    for p in params:
-        owners[owner_of[id(p)]].append(p)
-    shares, starts, at = [], [], 0
-    for owned in owners:
-        begin = at
-        for p in owned:
-            starts.append(at)
-            at += _aligned(p.numel())
-        shares.append(range(begin, at))
-    return [p for owned in owners for p in owned], shares, starts
 
 
 def _route_gradient(p: Parameter, bucket: Bucket, index: int, owner: GradBuckets) -> None:

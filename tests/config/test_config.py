@@ -35,7 +35,7 @@ from engine.errors import EXIT_CONFIG, EXIT_OK, ConfigError, FieldError
 from engine.model.build import num_parameters
 from engine.pipeline.schedules import build
 from engine.planner.flops import balanced_layers, flops_per_token, stage_flops
-from engine.planner.memory import activation_bytes
+from engine.planner.sheet import sheets
 from tests.support.errors import raises
 
 NAMED = re.compile(r"[\w.,/:-]*[\w]")
@@ -729,14 +729,14 @@ def test_dry_run_for_4096_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     assert ["model.num_kv_heads", "8", "preset llama-3-8b"] in rows
     block = (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) // 8 + 2 * 4096
     ends = 128256 * 4096 // 8
-    stages = [row for row in rows if len(row) == 5]
+    stages = [row for row in rows if len(row) == 6]
     middle = [f"layers {4 * i}..{4 * i + 3}" for i in range(1, 7)]
     assert [row[1] for row in stages] == ["embedding, layers 0..3", *middle, "layers 28..31, head"]
     assert [row[0] for row in stages] == [f"{512 * i}..{512 * i + 511}" for i in range(8)]
     counts = [4 * block + ends, *[4 * block] * 6, 4 * block + ends + 4096]
     assert [row[2] for row in stages] == [f"{count:,}" for count in counts]
     bytes_each = 2 + 4 + 12 / 64  # bf16 weight, fp32 gradient, and of master weight and two moments a 64th (ZeRO-1)
-    assert [row[3] for row in stages] == [f"{bytes_each * count / 2**30:,.3f} GiB" for count in counts]
+    assert [row[3] for row in stages] == [f"{bytes_each * count / 2**30:,.3f}" for count in counts]
     hidden, tokens = 512 * 4096 * 2, 4096  # bf16 hidden states of a rank's part of the sequence
     core = tokens * (2 * (4 + 1 + 1 + 4) * 128 + 4 * 4)  # 4 query heads and 1 KV head: q, k, v, output; log-sum-exp
     saved = 4 * (
@@ -745,7 +745,7 @@ def test_dry_run_for_4096_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     saved += tokens * 128 * 2  # the RoPE table
     alive = [8 * (9 * tokens + saved + hidden), *((8 - i) * (saved + hidden) for i in range(1, 7))]
     alive.append(saved + 2 * hidden + 512 * 4)
-    assert [row[4] for row in stages] == [f"{size / 2**30:,.3f} GiB" for size in alive]
+    assert [row[4] for row in stages] == [f"{size / 2**30:,.3f}" for size in alive]
     assert "D = 64, C = 1, T = 8" in out
     for line in (
         "ranks: 4,096",
@@ -772,7 +772,7 @@ def test_dry_run_counts_a_tied_embedding_once_where_both_ends_are_on_a_rank(caps
     assert run_cli("train", "--dry-run", *degrees) == EXIT_OK
     out = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
-    counts = [int(row[2].replace(",", "")) for row in rows if len(row) == 5]
+    counts = [int(row[2].replace(",", "")) for row in rows if len(row) == 6]
     assert len(counts) == 2 and f"parameters in total: {sum(counts):,}" in out
 
 
@@ -843,7 +843,7 @@ def test_stages_are_balanced_for_the_longest_sequences_of_the_run() -> None:
     assert split(longer | {"train.seq_len": "256"}) == long
     assert split(longer | {"train.seq_len": "256", "train.steps": "49"}) == short, "the run ends before"
     resolved = [load([], sizes | {"train.steps": n} | longer, world=None) for n in ("49", "50")]
-    short_bytes, long_bytes = (activation_bytes(r.config, r.derived)[0] for r in resolved)
+    short_bytes, long_bytes = (sheets(r.config, r.derived)[0].activations for r in resolved)
     assert long_bytes > 100 * short_bytes
 
 

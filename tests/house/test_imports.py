@@ -37,6 +37,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "distributed.specs",
         "interop.huggingface.families",
         "pipeline.actions",
+        "ops.chunks",
         "cli.output",
     ),
     ("pipeline.passes", "pipeline.simulate", "pipeline.check"),
@@ -44,7 +45,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("pipeline.shares", "pipeline.list_schedules", "pipeline.improve", "pipeline.search"),
     ("pipeline.timeline", "pipeline.draw"),
     ("config.schema", "config.derived", "config.tree", "config.phases"),
-    ("optim.groups", "model.declarations", "model.build"),
+    ("optim.groups", "parallel.partition", "model.layer_specs", "model.declarations", "model.build"),
     (
         "config.checks",
         "config.model_checks",
@@ -54,7 +55,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "interop.huggingface.config_json",
         "interop.huggingface.windows",
     ),
-    ("config.load",),
+    ("config.load", "planner.fit"),
     ("cli.schedule_pages",),
     ("distributed.board",),  # no torch up to here
     ("distributed.shared_memory", "distributed.env", "ops.native", "ops.draws"),

@@ -21,7 +21,8 @@ from engine.interop.huggingface.config_json import write_config
 from engine.interop.huggingface.families import FAMILIES
 from engine.interop.huggingface.weights import locate_tensors
 from engine.model.build import FEED_FORWARDS, MIXERS, MODELS, SublayerType, num_parameters, tensor_shapes
-from engine.model.declarations import Declaration, WeightSpecs, Workload, column_linear, matmul_flops, row_linear
+from engine.model.declarations import Declaration, Workload, matmul_flops
+from engine.model.layer_specs import WeightSpecs, column_linear, row_linear
 from engine.model.layers import Build, ColumnLinear, RowLinear
 from engine.ops.linear import RecomputeRecipe
 from engine.pipeline.actions import Action, Op, Plan

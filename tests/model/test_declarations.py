@@ -23,7 +23,7 @@ from engine.model.stages import build_part, build_stages
 from engine.ops import native
 from engine.ops.rope import rope_at
 from engine.pipeline.executor import connect
-from engine.planner.memory import saved_bytes, specs_per_rank
+from engine.planner.memory import rank_states, saved_bytes
 from engine.train.state import setup
 from tests.support.cases import config, layout_of, micro_batch
 from tests.support.harness import run_ranks
@@ -60,7 +60,7 @@ def test_modules_have_the_declared_parameters(shape: str, layout: str) -> None:
             assert all(tuple(p.shape) == p.spec.local_shape() for p in params)
             assert {id(p) for p in params} <= {id(p) for p in part.parameters()}
             held += sum(p.numel() for p in params)
-        expected = specs_per_rank(cfg, derived)[ctx.pipeline.rank]
+        expected = rank_states(cfg, derived)[ctx.pipeline.rank].specs
         assert held == sum(math.prod(spec.local_shape()) for spec in expected)
 
 

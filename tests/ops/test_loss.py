@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.distributed.context import ParallelContext
 from engine.distributed.layout import Layout
-from engine.ops import loss as loss_module
-from engine.ops import native
+from engine.ops import chunks, native
 from engine.ops.loss import VocabSlice, linear_cross_entropy
 from tests.support.harness import run_ranks
 from tests.support.numbers import CTX, DTYPES, TOLERANCE, ids, like, parameter, randn, relative, token_losses
@@ -64,7 +63,7 @@ def test_chunks_and_main_gradients(
     fires in each backward, and neither loss nor gradient depends on the chunks."""
     found = []
     for rows in (200, 128, 1):
-        monkeypatch.setattr(loss_module, "_CPU_ROWS", rows)
+        monkeypatch.setattr(chunks, "_CPU_ROWS", rows)
         head, calls = parameter(randn(33, 7, seed=1), dtype, main), []
         head.on_grad = lambda: calls.append(1)  # noqa: B023
         expected, parts = torch.ones(33, 7, dtype=torch.float64), []
@@ -156,7 +155,7 @@ def test_full_logits_are_never_materialised(monkeypatch: pytest.MonkeyPatch, imp
     """300 tokens in 5 chunks of 64: no tensor exceeds a chunk, and only one chunk is alive (in torch, plus a copy)."""
     if implementation == "own" and native.load()[0] is None:
         pytest.skip(native.load()[1])
-    monkeypatch.setattr(loss_module, "_CPU_ROWS", 64)
+    monkeypatch.setattr(chunks, "_CPU_ROWS", 64)
     x, head = like(randn(150, 2, 8), torch.float32), parameter(randn(1000, 8, seed=1), torch.float32, torch.float32)
     chunk = 64 * 1000
     with native.forced(kernels=implementation == "own"), torch.set_grad_enabled(grad), Sizes(chunk // 2) as sizes:
@@ -201,7 +200,7 @@ def test_tensor_ranks(
     monkeypatch: pytest.MonkeyPatch, tensor: int, vocab: int, dtype: torch.dtype, sequence: bool, kernels: bool
 ) -> None:
     """Vocabulary sharded with padding, with and without sequence parallelism, two chunks."""
-    monkeypatch.setattr(loss_module, "_CPU_ROWS", 64)
+    monkeypatch.setattr(chunks, "_CPU_ROWS", 64)
     x, weight = (randn(48, 2, 6) * 2).to(dtype), randn(vocab, 6, seed=1).to(dtype)
     x[3] *= 40
     targets, weights = torch.arange(96).view(48, 2) % vocab, randn(48, 2, seed=2)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.format import read_manifest, step_dir
+from engine.config.derived import derive
 from engine.config.schema import Config, OptimizerConfig
 from engine.distributed.context import ParallelContext
-from engine.optim.groups import group_of
 from engine.optim.optimizer import View
 from engine.optim.update_rules import MODEL, RULES, RuleEntry
-from engine.planner.memory import bytes_per_parameter
+from engine.planner.memory import rank_states
 from engine.train.resume import resume, save_state
-from engine.train.state import TrainState, check_groups, setup
+from engine.train.state import TrainState, setup
 from engine.train.step import train_step
 from tests.support.cases import assemble, config, layout_of, max_relative_error, random_batches, shard_pieces
 from tests.support.harness import run_ranks
@@ -159,9 +159,20 @@ def test_bf16_weights_are_the_rounded_master_weights() -> None:
     run_ranks(layout_of(cfg), job, dtype=torch.bfloat16)
 
 
-def test_the_memory_estimate_asks_the_rule() -> None:
-    cfg = config(1, **OPTIONS)
-    found = {spec.chunks[0].name: group_of(spec, cfg.optimizer) for spec in check_groups(cfg)}
-    sizes = {name: bytes_per_parameter(cfg, 1, group) for name, group in found.items()}
-    assert sizes["layers.0.mlp.down.weight"] == 8 + 8 + 8
-    assert sizes["embed.weight"] == 8 + 8 + 16 and sizes["norm.weight"] == 8
+@pytest.mark.parametrize("zero", [0, 1])
+def test_the_memory_sheet_counts_the_states_of_each_rule(zero: int) -> None:
+    """Of the replica that owns most: its master weights, one state of a matrix, two of others, none of frozen ones."""
+    cfg = layout_config({"data": 2, "zero": zero})
+
+    def job(ctx: ParallelContext) -> dict[str, int]:
+        kinds: dict[str, int] = {}
+        for one in setup(cfg, ctx).optimizer.runs:
+            for kind in ("master", *one.states):
+                kinds[kind] = kinds.get(kind, 0) + len(one.span)
+        return kinds
+
+    largest = max(run_ranks(layout_of(cfg), job), key=lambda kinds: sum(kinds.values()))
+    (state,) = rank_states(cfg, derive(cfg))
+    assert state.states(owned=False) == largest
+    assert largest["toy_momentum"] > 0 and largest["exp_avg"] == largest["exp_avg_sq"] > 0
+    assert sum(largest.values()) == 2 * largest["toy_momentum"] + 3 * largest["exp_avg"]

@@ -32,9 +32,25 @@ from . import (
     optim,
     parallel,
     pipeline,
+    planner,
     proof,
     train,
 )
 
-_PACKAGES = (config, distributed, draws, ops, parallel, model, optim, pipeline, data, train, checkpoint, interop, proof)
+_PACKAGES = (
+    config,
+    distributed,
+    draws,
+    ops,
+    parallel,
+    model,
+    optim,
+    pipeline,
+    planner,
+    data,
+    train,
+    checkpoint,
+    interop,
+    proof,
+)
 MUTATIONS = [mutation for package in _PACKAGES for mutation in package.MUTATIONS]

@@ -9,7 +9,7 @@ MUTATIONS = [
     Mutation(
         "norm_weight_not_summed_under_sequence_parallelism",
         "each tensor rank keeps the gradient of its part of the sequence",
-        "engine.model.declarations:norm",
+        "engine.model.layer_specs:norm",
         '"sequence"',
         '"self_axis"',
         small("sequence"),
@@ -21,7 +21,7 @@ MUTATIONS = [
     Mutation(
         "qk_norm_not_summed",
         "each tensor rank keeps only the gradient of its local heads",
-        "engine.model.declarations:AttentionSpecs.of",
+        "engine.model.layer_specs:AttentionSpecs.of",
         'norm(f"{name}.{part}_norm", d, cfg, sum_over="tensor")',
         'norm(f"{name}.{part}_norm", d, cfg, sum_over="self_axis")',
         small("replicated"),
@@ -34,7 +34,7 @@ MUTATIONS = [
     Mutation(
         "weight_decay_on_norms",
         "norm weights decay like matrices",
-        "engine.model.declarations:norm",
+        "engine.model.layer_specs:norm",
         "ShardSpec((chunk,), init_value=1.0 - float(cfg.norm_offset), role=Role.VECTOR)",
         "ShardSpec((chunk,), init_value=1.0 - float(cfg.norm_offset))",
         PLAIN_MATMUL,
@@ -52,7 +52,7 @@ MUTATIONS = [
     Mutation(
         "row_bias_gradient_not_summed",
         "under sequence parallelism each rank keeps the bias gradient of its part",
-        "engine.model.declarations:row_linear",
+        "engine.model.layer_specs:row_linear",
         'Chunk(name, shape[:1], sum_over=("sequence",))',
         "Chunk(name, shape[:1])",
         shape("gpt2-t4"),
@@ -61,7 +61,7 @@ MUTATIONS = [
     Mutation(
         "kv_bias_replicas_not_summed",
         "ranks that share a KV head each keep only the bias gradient of their local query heads",
-        "engine.model.declarations:_bias_of",
+        "engine.model.layer_specs:_bias_of",
         'return replace(chunk, name=chunk.name.removesuffix("weight") + "bias", shape=chunk.shape[:1])',
         'return replace(chunk, name=chunk.name.removesuffix("weight") + "bias", shape=chunk.shape[:1], sum_over=())',
         shape("qwen2-t4-replicated"),
@@ -94,7 +94,7 @@ MUTATIONS = [
     Mutation(
         "bias_not_declared",
         "a column-parallel layer is declared without its bias, so it has none",
-        "engine.model.declarations:column_linear",
+        "engine.model.layer_specs:column_linear",
         "_bias(chunks) if bias else None",
         "None",
         ("test_every_model_field_changes_the_loss[qkv_bias]",),
@@ -119,9 +119,9 @@ MUTATIONS = [
     Mutation(
         "tied_matrix_planned_twice",
         "the dry run counts a tied embedding twice where both uses are on one rank",
-        "engine.planner.memory:specs_per_rank",
-        "list(dict.fromkeys(spec for part in held for spec in part.specs))",
-        "[spec for part in held for spec in part.specs]",
+        "engine.planner.memory:_own",
+        "[spec for spec in part.specs if spec not in held]",
+        "list(part.specs)",
         ("test_dry_run_counts_a_tied_embedding_once_where_both_ends_are_on_a_rank",),
     ),
     Mutation(
@@ -264,7 +264,7 @@ MUTATIONS = [
     Mutation(
         "norm_with_offset_begins_at_one",
         "a norm that scales by 1 + weight begins with weight 1: it doubles",
-        "engine.model.declarations:norm",
+        "engine.model.layer_specs:norm",
         "1.0 - float(cfg.norm_offset)",
         "1.0",
         ("test_a_norm_offset_of_one_equals_weights_larger_by_one",),

@@ -34,8 +34,8 @@ MUTATIONS = [
     Mutation(
         "sum_forgotten_over_replicas",
         "gradients are summed over the data ranks although the spec names other replicas",
-        "engine.parallel.gradients:make_buckets",
-        "ctx.axis(replicas)",
+        "engine.parallel.gradients:_make_bucket",
+        "ctx.axis(plan.replicas)",
         "ctx.data_context",
         ("test_gradients_are_summed_over_the_replicas_of_their_spec",),
     ),

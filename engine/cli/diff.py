@@ -50,7 +50,7 @@ HELP = Help(
         ),
         ("Compare the step after the checkpoints of step 100 of two runs", "engine diff runs/a runs/b --step 100"),
     ),
-    groups={"layouts of a config": ("a", "b", "precision"), "runs": ("step",)},
+    groups={"layouts": ("a", "b", "precision"), "runs": ("step",)},
 )
 
 

@@ -17,12 +17,12 @@ import torch
 from engine.checkpoint.format import Manifest, find_checkpoint, read_manifest, step_dir, steps_descending
 from engine.checkpoint.lineage import ORDER_BEGIN
 from engine.config.checks import config_errors
-from engine.config.derived import derive
+from engine.config.derived import degrees_of, derive
 from engine.config.load import Resolved, load
 from engine.config.phases import phases_of
 from engine.config.schema import CheckpointConfig, Config
 from engine.distributed.context import ParallelContext
-from engine.distributed.layout import Layout
+from engine.distributed.layout import AXES, Layout
 from engine.errors import CheckpointError, ConfigError, FieldError
 from engine.ops.draws import Key, normal, rectangle
 from engine.ops.fp8 import E4M3, E5M2
@@ -45,7 +45,7 @@ FREE: tuple[str, ...] = ("run", "parallel", "eval", "monitor", "model.preset", "
 FREE += ("train.micro_batch_size", "train.recompute", "train.recompute_layers", "train.attention", "train.compile")
 FREE += ("train.device", *(f"checkpoint.{name}" for name in CheckpointConfig.model_fields if name != "init"))
 _PATHS = ("data.train", "data.valid", "data.tokenizer", "checkpoint.init")  # of runs: their manifests are compared
-_DEGREES = tuple(f"parallel.{name}" for name in ("tensor", "pipeline", "context", "data"))
+_DEGREES = tuple(f"parallel.{axis}" for axis in AXES)
 _OF_PHASES = ("micro_batch_size",)
 _NOT_DATA = ("prefix", ORDER_BEGIN)
 
@@ -60,9 +60,8 @@ class Side:
     @property
     def layout(self) -> str:
         """The degrees in words."""
-        p = self.cfg.parallel
-        degrees = {"tensor": p.tensor, "pipeline": p.pipeline, "context": p.context, "data": p.data}
-        return ", ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1) or "one process"
+        degrees = degrees_of(self.cfg.parallel)
+        return ", ".join(f"{axis} {degree}" for axis, degree in degrees.items() if degree > 1) or "one process"
 
     @property
     def ranks(self) -> int:
@@ -125,8 +124,7 @@ def _alike(small: Sequence[Config]) -> list[Config]:
 
 def derive_world(cfg: Config) -> int:
     """Number of ranks of a resolved config."""
-    p = cfg.parallel
-    return p.tensor * p.pipeline * p.context * p.data
+    return math.prod(degrees_of(cfg.parallel).values())
 
 
 def _with_batch(small: Sequence[Config]) -> Config:

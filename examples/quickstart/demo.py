@@ -202,7 +202,7 @@ def prepare_folder(folder: Path) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="folder for all outputs (default: demo)")
-    parser.add_argument("--short", action="store_true", help="use a smaller corpus and 40 steps, as the test does")
+    parser.add_argument("--short", action="store_true", help="use a smaller corpus and 60 steps, as the test does")
     args = parser.parse_args()
     if not prepare_folder(args.folder):
         console.print(
@@ -211,7 +211,7 @@ def main() -> int:
         return 1
     size = {"steps": 300, "vocab_size": 4096, "include": ["*.py", "*.txt", "*.rst"]}
     if args.short:
-        size = {"steps": 40, "vocab_size": 512, "include": ["a*.py", "s*.py", "t*.py"]}
+        size = {"steps": 60, "vocab_size": 512, "include": ["a*.py", "s*.py", "t*.py"]}
     demo = Demo(folder=args.folder, config=HERE.parent / "configs/demo.toml", short=args.short, **size)
     begin = time.time()
     try:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from engine.cli.common import Help, option_texts, parse, split_settings
+from engine.cli.diff import DiffOptions
 from engine.cli.doctor import DoctorOptions
 from engine.cli.evaluate import EvaluateOptions
 from engine.cli.export import ExportOptions
@@ -37,6 +38,7 @@ OPTIONS: dict[str, type] = {
     "tokenizer": TokenizerOptions,
     "inspect": InspectOptions,
     "prove": ProveOptions,
+    "diff": DiffOptions,
     "evaluate": EvaluateOptions,
     "generate": GenerateOptions,
     "import": ImportOptions,
@@ -121,7 +123,7 @@ def test_train_shows_every_section_and_its_examples_resolve(
     sections = {section for section, _, _ in fields()}
     assert all(out.count(f" {section.replace('_', '-')} options ") == 1 for section in sections)
     assert max(map(len, out.splitlines())) <= 80 and out.index("examples:") > out.rindex("(default: ")
-    assert len(help_of("train").examples) == 2
+    assert len(help_of("train").examples) == 3
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.toml").write_text("[train]\nsteps = 200\n")
     for _, command in help_of("train").examples:

@@ -26,7 +26,7 @@ from engine.config import load as load_module
 from engine.config import model_checks as model_checks_module
 from engine.config import schema as schema_module
 from engine.config import tree as tree_module
-from engine.config.derived import derive
+from engine.config.derived import NOT_BUILT, derive
 from engine.config.load import Resolved, load
 from engine.config.presets import PRESETS
 from engine.config.schema import Config, ModelConfig, fields
@@ -478,6 +478,9 @@ def test_every_fault_of_the_modules_has_a_case(monkeypatch: pytest.MonkeyPatch, 
             monkeypatch.setattr(module, "FieldError", note)
     for overrides, world, *_ in ERROR_CASES.values():
         faults_of(overrides, world)
+    with monkeypatch.context() as built:  # an axis of positions: see tests/house/test_parallel_axis.py
+        built.delitem(NOT_BUILT, "context")
+        faults_of({"parallel.context": 4, "train.seq_len": 18}, 4)
     (tmp_path / "bad.toml").write_text("[model\n")
     (tmp_path / "rows.toml").write_text("[phase]\nfrom_step = 3\n")
     for file in (tmp_path / "bad.toml", tmp_path / "none.toml", tmp_path / "rows.toml"):

@@ -86,7 +86,7 @@ def test_non_finite_names_step_rank_and_microbatch(where: str, degrees: tuple[in
         assert message.startswith("step 2: ") and "microbatch 2 of rank" in message
         ranks = message.split("of rank ")[1].split(" (")[0].split(", ")
         assert str(last) in ranks
-        data_peers = {str(r) for r in range(world) if layout_of(cfg).coords(r).data == data - 1}
+        data_peers = {str(r) for r in range(world) if layout_of(cfg).coords(r)["data"] == data - 1}
         mbs = cfg.train.micro_batch_size
         begin = 8 + (data - 1) * (8 // data) + 2 * mbs  # 8 were consumed by the first step
         named = str(begin) if mbs == 1 else f"{begin}-{begin + mbs - 1}"

@@ -179,7 +179,7 @@ def figures(case: Case) -> dict[str, float]:
 def is_quick(case: Case) -> bool:
     """Whether `make test` runs the case, not only `make test-all`: the first, with most pairs, and one on 8 ranks."""
     eight = [c for c in CASES if c["tensor"] * c["pipeline"] * c["data"] == 8]
-    return case in CASES[:15] or case == eight[0]
+    return case in CASES[:10] or case == eight[0]
 
 
 LIMITS = {"init": 0.0, "loss": 1e-11, "z_loss": 1e-11, "norm": 1e-11, "gradients": 1e-11, "weights": 1e-9}

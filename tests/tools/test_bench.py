@@ -49,6 +49,7 @@ def test_initial_values_and_buckets_are_measured() -> None:
     assert seconds > 0 and count == 3  # embeddings, the block, final norm and head
 
 
+@pytest.mark.heavy
 @pytest.mark.timeout(300)
 def test_what_is_reproducible() -> None:
     """Training and evaluation agree in every bit, and so do two runs, with deterministic algorithms or without."""

@@ -77,7 +77,9 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.mark.skipif(sys.platform != "linux" or not may_mount(), reason="needs the right to mount a tmpfs (unshare -m)")
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("program", [PREPARE, CLEAN], ids=["prepare", "clean"])
+@pytest.mark.parametrize(
+    "program", [pytest.param(PREPARE, id="prepare", marks=pytest.mark.heavy), pytest.param(CLEAN, id="clean")]
+)
 def test_a_full_disk_ends_with_a_message_and_resumes_with_more_space(program: str, given: Path, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "disk").mkdir()

@@ -87,8 +87,8 @@ def fuzz(tmp_path: Path, rounds: int, seed: int) -> Counter[str]:
 
 
 def test_damage_is_rejected_or_harmless(tmp_path: Path) -> None:
-    seen = fuzz(tmp_path, 2000, 0)
-    assert seen["refused at open"] > 1000 and seen["read, all of it inside"] > 20 and sum(seen.values()) == 2000
+    seen = fuzz(tmp_path, 800, 0)
+    assert seen["refused at open"] > 400 and seen["read, all of it inside"] > 8 and sum(seen.values()) == 800
 
 
 @pytest.mark.heavy

@@ -297,7 +297,7 @@ print(first, peak[0] - base)
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "phi3", *(pytest.param(n, marks=pytest.mark.heavy) for n in ("neox", "gpt2"))]
+    "name", ["llama", *(pytest.param(n, marks=pytest.mark.heavy) for n in ("phi3", "neox", "gpt2"))]
 )
 def test_memory_is_a_shard_and_a_tensor(tmp_path: Path, name: str) -> None:
     """A model of 50 or 60 MiB in float32, shards of 4 MiB, tensors of up to 2 MiB; measured every half millisecond."""

@@ -66,6 +66,8 @@ QUICK: dict[str, dict[str, Any]] = {
         "train_recompute": "full",
         "train_global_batch_size": 2,
     },
+    "large vocabulary": {"model_vocab_size": 4096, "model_num_layers": 1, "train_micro_batch_size": 4},
+    "micro-batch of 4, full recompute": {"train_recompute": "full", "train_micro_batch_size": 4},
     "tensor 2, selective": {"parallel_tensor": 2, "train_recompute": "selective", "train_global_batch_size": 1},
     "uneven stages": {"parallel_pipeline": 2, "parallel_layers": "3,1", "train_global_batch_size": 2},
 }
@@ -98,9 +100,10 @@ def test_a_rank_alone_needs_as_much_as_a_rank_among_others() -> None:
 @needs_kernels
 def test_a_deferred_gradient_holds_no_graph() -> None:
     """Else each micro-batch between I and W would keep the input of its stage and the gradient of that, too."""
-    cfg = make({"parallel_pipeline": 2, "parallel_schedule": "zb-h1"})
+    batches = {"train_micro_batch_size": 4, "train_global_batch_size": 16}
+    cfg = make({"parallel_pipeline": 2, "parallel_schedule": "zb-h1", **batches})
     for sheet in sheets(cfg, derive(cfg)):
-        assert count_rank(cfg, sheet.rank)[1] == pytest.approx(sheet.peak.total, rel=0.007)
+        assert 0.98 < count_rank(cfg, sheet.rank)[1] / sheet.peak.total < 1.004
 
 
 def draw(seed: int) -> Config:

@@ -13,7 +13,7 @@ MUTATIONS = [
         "engine.model.declarations:decoder",
         "logits + max(product, work.gradient(WeightSpecs(matrix)))",
         "0",
-        (f"{SHEET}[one rank]",),
+        (f"{SHEET}[large vocabulary]",),
     ),
     Mutation(
         "micro_batches_in_flight_not_counted",
@@ -29,7 +29,7 @@ MUTATIONS = [
         "engine.model.declarations:block",
         "none + most",
         "most",
-        (f"{SHEET}[bfloat16, data 2, full recompute]",),
+        (f"{SHEET}[micro-batch of 4, full recompute]",),
     ),
     Mutation(
         "zero_not_counted",

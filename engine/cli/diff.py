@@ -18,7 +18,7 @@ from engine.util.words import NO_STRINGS, StrTuple
 
 @dataclass
 class DiffOptions:
-    """Find the first tensor in which two layouts or two runs differ by more than rounding explains.
+    """Find the first tensor in which two layouts or runs differ beyond rounding.
 
     With a config file: two layouts of it, on a shrunk model, on up to 8 processes of this machine. With two run
     folders: the step after a checkpoint, in the layout of each. Exit code 1: a difference was found.

@@ -16,6 +16,7 @@ from typing import Any
 from engine.config.checks import config_errors
 from engine.config.derived import Derived, derive, read_plan
 from engine.config.schema import Config
+from engine.distributed.layout import Splits
 from engine.errors import PlanError
 from engine.model.build import declare
 from engine.model.declarations import Workload, matmul_flops
@@ -210,7 +211,7 @@ def _free(cfg: Config, derived: Derived) -> Iterator[_Candidate]:
     """Settings that save memory for no time, or little."""
     yield _PRESENT
     settings: dict[str, Any] = {}
-    if not cfg.parallel.zero and derived.layout.data > 1:
+    if not cfg.parallel.zero and derived.layout.ways(Splits.SAMPLES, Splits.POSITIONS) > 1:
         settings["parallel.zero"] = 1
     if not cfg.parallel.sequence and derived.layout.tensor > 1:
         settings["parallel.sequence"] = True

@@ -118,11 +118,11 @@ def dropout_arguments(key: Key, p: float) -> tuple[int, int, int, float]:
 
 
 def _dropped(x: Tensor, starts: Tensor, key: Key, p: float) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
+    rows, arguments = x.reshape(-1, x.shape[-1]), dropout_arguments(key, p)
     if custom := kernels(x):
-        return custom.dropout(rows.contiguous(), starts, *dropout_arguments(key, p)).view(x.shape)
-    mask = keep(key, Places(starts, x.shape[-1]), p)
-    return torch.where(mask, rows * (1 / (1 - p)), rows.new_zeros(())).view(x.shape)
+        return custom.dropout(rows.contiguous(), starts, *arguments).view(x.shape)
+    mask, scale = keep(key, Places(starts, x.shape[-1]), p), arguments[-1]
+    return torch.where(mask, rows * scale, rows.new_zeros(())).view(x.shape)
 
 
 def _threshold(p: float) -> int:

@@ -117,7 +117,7 @@ MUTATIONS = [
     Mutation(
         "dropout_without_scale",
         "kept activations are not divided by 1 - p",
-        "engine.ops.draws:_dropped",
+        "engine.ops.draws:dropout_arguments",
         "1 / (1 - p)",
         "1.0",
         PLAIN,

@@ -184,7 +184,7 @@ def changes(manifest: Manifest, cfg: Config) -> Differences:
 
     Without update rules and groups, which `differences` compares.
     """
-    old, now = (dict(_flat(config)) for config in _configs(manifest, cfg))
+    old, now = (dict(flat_values(config)) for config in _configs(manifest, cfg))
     reported = [*_REPORTED, *(name for name in old | now if name.partition(".")[0] in _REPORTED_SECTIONS)]
     reported = [name for name in reported if not f"{name}.".startswith(tuple(f"{rule}." for rule in _RULES))]
     return {name: (old.get(name), now.get(name)) for name in reported if old.get(name) != now.get(name)}
@@ -199,13 +199,13 @@ def _configs(manifest: Manifest, cfg: Config) -> tuple[dict[str, Any], dict[str,
     return old, cfg.model_dump()
 
 
-def _flat(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def flat_values(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted path, value) of every value of a config as stored in the manifest; rows of tables count from 1."""
     if isinstance(values, list | tuple):
         values = {str(number): row for number, row in enumerate(values, 1)}
     if isinstance(values, Mapping):
         for name, value in values.items():
-            yield from _flat(value, f"{path}.{name}" if path else name)
+            yield from flat_values(value, f"{path}.{name}" if path else name)
     elif values is not None:  # a value of a row that is not given
         yield path, values
 
@@ -313,7 +313,7 @@ def extend_lineage(
 
 def config_digest(config: Mapping[str, Any]) -> str:
     """XXH3-64 digest of a config as stored in the manifest."""
-    lines = (f"{path}={value!r}" for path, value in _flat(config))
+    lines = (f"{path}={value!r}" for path, value in flat_values(config))
     return xxhash.xxh3_64("\n".join(sorted(lines)).encode()).hexdigest()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from engine.checkpoint.format import Manifest, find_checkpoint, read_manifest, step_dir, steps_descending
-from engine.checkpoint.lineage import ORDER_BEGIN
+from engine.checkpoint.lineage import ORDER_BEGIN, flat_values
 from engine.config.checks import config_errors
 from engine.config.derived import degrees_of, derive
 from engine.config.load import Resolved, load
@@ -70,7 +70,7 @@ class Side:
 
 def described_sides(sides: Sequence[Side]) -> list[str]:
     """Each side in words: its degrees, and its settings that the other side does not have."""
-    flat = [dict(_flat({name: side.cfg.model_dump()[name] for name in ("parallel", "train")})) for side in sides]
+    flat = [dict(flat_values({name: side.cfg.model_dump()[name] for name in ("parallel", "train")})) for side in sides]
     shown = []
     for side, mine, other in zip(sides, flat, reversed(flat)):
         more = [f"{path} {value}" for path, value in mine.items() if value != other.get(path) and path not in _DEGREES]
@@ -150,7 +150,7 @@ def _mixed(sizes: Config, layout: Config) -> Config:
 
 def incomparable(a: Config, b: Config, free: Sequence[str] = FREE) -> Iterator[FieldError]:
     """An error for each setting that has to be equal and differs. free: those that may differ."""
-    first, second = (dict(_flat(cfg.model_dump())) for cfg in (a, b))
+    first, second = (dict(flat_values(cfg.model_dump())) for cfg in (a, b))
     for path in dict.fromkeys([*first, *second]):
         ignored = any(f"{path}.".startswith(f"{name}.") for name in free)
         if ignored or (path.startswith("phase.") and path.endswith(_OF_PHASES)):
@@ -158,16 +158,6 @@ def incomparable(a: Config, b: Config, free: Sequence[str] = FREE) -> Iterator[F
         if (x := first.get(path)) != (y := second.get(path)):
             problem = f"on side b it is {y!r}: both sides have to train the same steps"
             yield FieldError("proof.not-comparable", path, x, problem, "Give both the same value.")
-
-
-def _flat(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(values, list | tuple):
-        values = {str(number): row for number, row in enumerate(values, 1)}
-    if isinstance(values, Mapping):
-        for name, value in values.items():
-            yield from _flat(value, f"{path}.{name}" if path else name)
-    else:
-        yield path, values
 
 
 # -- runs
